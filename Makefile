@@ -1,0 +1,48 @@
+# `make demo` runs the main job, `make test` every check; each makes .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+# Real texts for the tests that want them; what is absent is skipped with its reason.
+export FASTFFN_DATA_DIR ?= $(realpath ../shared/data)
+# Tests and the demo use only what is installed: nothing is fetched from a hub at run time.
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= true
+
+.PHONY: demo test format lint types unit docs examples clean
+
+demo: .venv/train
+	$(BIN)/fastffn pretrain --preset demo --output runs/demo --overwrite
+
+test: lint types unit docs examples
+
+.venv/train: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train]'
+	touch $@
+
+.venv/dev: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+format: .venv/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: .venv/dev
+	$(BIN)/mypy
+
+unit: .venv/dev
+	$(BIN)/python -m pytest
+
+docs: .venv/dev
+	$(BIN)/mkdocs build --strict --quiet
+
+examples: .venv/dev
+	set -e; for example in examples/*.py; do echo "$$example"; $(BIN)/python $$example; done
+
+clean:
+	rm -rf .venv build dist site runs

@@ -1,0 +1,18 @@
+"""FastFFN: cheap feed-forward networks for Transformers, in training and in inference, with honest prices."""
+
+from fastffn.convert.api import convert, merge
+from fastffn.errors import FastFFNError
+from fastffn.nn import DenseConfig, DenseFFN, LowRankConfig, LowRankFFN, build
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DenseConfig",
+    "DenseFFN",
+    "FastFFNError",
+    "LowRankConfig",
+    "LowRankFFN",
+    "build",
+    "convert",
+    "merge",
+]

@@ -1,0 +1,220 @@
+"""Persistence: a model with FastFFN kinds is an ordinary Hugging Face checkpoint.
+
+Its `config.json` holds a `quantization_config` with `quant_method: "fastffn"`, transformers' public hook for
+checkpoints whose modules are not the model's own. Importing this file registers it; users write
+`import fastffn.hf`.
+
+    {"quant_method": "fastffn", "version": 1,
+     "ffn": {"kind": "low_rank", "rank": 64, ...},            the kind of every FFN, widths left out ...
+     "layers": {"transformer.h.0.mlp": null,                  ... except these: null is left as the model has it
+                "transformer.h.1.mlp": {"kind": ...}}}
+
+Without the import, transformers would merely warn and fill the missing dense weights with random numbers. So each
+checkpoint also carries, under the dense tensors' names, tensors of a shape that fits nothing: transformers
+refuses those, and the name of one more tensor in its report says what to do.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fastffn.convert import match
+from fastffn.errors import CheckpointError, ConfigError
+from fastffn.nn import FFNConfig
+from fastffn.registry import get_kind, kind_of
+
+QUANT_METHOD = "fastffn"
+FORMAT_VERSION = 1
+REMEDY_TENSOR = "_this_checkpoint_needs__import_fastffn.hf__before_from_pretrained"
+# No weight of any model has this shape.
+DECOY_SHAPE = (1, 1, 1, 1, 1, 1, 1)
+
+
+def describe(config: FFNConfig) -> dict[str, Any]:
+    """A kind and its fields as plain values, without those that are read off the model."""
+    fields = {field.name for field in dataclasses.fields(config)} - config.MODEL_FIELDS
+    return {"kind": kind_of(config).name} | {name: v for name, v in config.to_dict().items() if name in fields}
+
+
+def undescribe(values: dict[str, Any]) -> FFNConfig:
+    """The configuration that `describe` wrote."""
+    values = dict(values)
+    return get_kind(values.pop("kind", "")).config.from_dict(values)
+
+
+@register_quantization_config(QUANT_METHOD)
+class FastFFNConfig(QuantizationConfigMixin):
+    """The FFN kinds of a model, for `from_pretrained(..., quantization_config=...)` and for `config.json`.
+
+    Args:
+        ffn: the configuration of every FFN, such as `LowRankConfig(rank=64)`, or its `describe`d form.
+        layers: FFNs that differ, by path: another configuration, or None for an FFN left as the model has it.
+        version: of the format on disk.
+
+    Raises:
+        CheckpointError: the checkpoint's format is newer than this FastFFN.
+    """
+
+    def __init__(
+        self,
+        ffn: FFNConfig | dict[str, Any],
+        layers: dict[str, Any] | None = None,
+        version: int = FORMAT_VERSION,
+        quant_method: str = QUANT_METHOD,
+    ) -> None:
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"The checkpoint's FastFFN format is version {version}, this FastFFN reads version {FORMAT_VERSION}; "
+                "install the FastFFN that wrote it, or a newer one."
+            )
+        self.quant_method = quant_method
+        self.version = version
+        self.ffn = describe(ffn) if isinstance(ffn, FFNConfig) else dict(ffn)
+        self.layers = {
+            path: describe(value) if isinstance(value, FFNConfig) else value
+            for path, value in (layers or {}).items()
+        }
+        # Unknown kinds and fields are refused here, before any weight is touched.
+        for values in (self.ffn, *self.layers.values()):
+            if values is not None:
+                undescribe(values)
+
+    def config_for(self, path: str) -> FFNConfig | None:
+        """The configuration of the FFN at `path`, None if it stays as the model has it."""
+        values = self.layers.get(path, self.ffn)
+        return None if values is None else undescribe(values)
+
+
+@register_quantizer(QUANT_METHOD)
+class FastFFNQuantizer(HfQuantizer):
+    """Puts FastFFN's modules in place before a checkpoint's weights load, or converts once a dense one has loaded."""
+
+    quantization_config: FastFFNConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if not self.pre_quantized:
+            return model
+        family = match.family_of(model.config)
+        paths = [path for path, _ in match.family_ffns(model, family)]
+        unknown = set(self.quantization_config.layers) - set(paths)
+        if unknown:
+            raise CheckpointError(
+                f"config.json describes FFNs that the model does not have: {', '.join(sorted(unknown))}. "
+                f"It has {', '.join(paths)}."
+            )
+        decoys = [re.escape(REMEDY_TENSOR)]
+        for path, ffn in list(match.family_ffns(model, family)):
+            config = self.quantization_config.config_for(path)
+            if config is None:
+                continue
+            kind = kind_of(config)
+            dense = family.dense_config(ffn, model.config)
+            widths = {name: getattr(dense, name) for name in config.MODEL_FIELDS if hasattr(config, name)}
+            with torch.device("meta"):
+                new = kind.module(dataclasses.replace(config, **widths))
+            new.to(next(ffn.parameters()).dtype)
+            match.replace_module(model, path, new)
+            # The dense tensors' names are in the file only to stop those who did not import this.
+            decoys += [re.escape(f"{path}.{where.name}") + "$" for where in family.tensors.values()]
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+        model._keys_to_ignore_on_load_unexpected = set(ignored) | set(decoys)  # type: ignore[assignment]
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if not self.pre_quantized:
+            _convert_as_described(model, self.quantization_config)
+        attach(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
+        """The model's tensors, and those that stop transformers without FastFFN."""
+        family = match.family_of(model.config)
+        state = dict(model.state_dict())
+        for path, _ in match.fastffn_modules(model):
+            # One is enough to stop the loading; c_fc.weight and its like are never optional.
+            first = next(iter(family.tensors.values()))
+            state[f"{path}.{first.name}"] = torch.zeros(DECOY_SHAPE)
+        state[REMEDY_TENSOR] = torch.zeros(DECOY_SHAPE)
+        return state, {}
+
+    def is_serializable(self) -> bool:
+        """Yes: the modules' own tensors are saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Yes: the parameters are ordinary ones."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Yes, without adapters: the parameters are ordinary ones."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Yes."""
+        return True
+
+
+def _convert_as_described(model: nn.Module, described: FastFFNConfig) -> None:
+    family = match.family_of(model.config)
+    for path, ffn in list(match.family_ffns(model, family)):
+        config = described.config_for(path)
+        if config is not None:
+            dense = family.to_dense(ffn, model.config)
+            match.replace_module(model, path, kind_of(config).module.from_dense(dense, config))
+
+
+def attach(model: nn.Module) -> None:
+    """Makes a Hugging Face model that holds FastFFN modules save itself as one."""
+    family = match.family_of(model.config)
+    described = {path: describe(module.config) for path, module in match.fastffn_modules(model)}
+    common = collections.Counter(json.dumps(values, sort_keys=True) for values in described.values())
+    ffn: dict[str, Any] = json.loads(common.most_common(1)[0][0])
+    layers: dict[str, Any] = {path: values for path, values in described.items() if values != ffn}
+    layers |= {path: None for path, _ in match.family_ffns(model, family)}
+    config = FastFFNConfig(ffn, layers)
+    model.config.quantization_config = config  # type: ignore[union-attr]
+    model.hf_quantizer = FastFFNQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+    # Nothing is quantized: .half(), .float() and torch.compile must go on working.
+    model.is_quantized = False  # type: ignore[assignment]
+    model.config._is_quantized = False  # type: ignore[union-attr]
+
+
+def detach(model: nn.Module) -> None:
+    """Takes every trace of FastFFN off a model whose FFNs are its own again."""
+    for owner, names in (
+        (model, ("hf_quantizer", "quantization_method", "is_quantized")),
+        (model.config, ("quantization_config", "_is_quantized")),
+    ):
+        for name in names:
+            vars(owner).pop(name, None)
+
+
+def described_in(config_json: dict[str, Any], where: str) -> FastFFNConfig:
+    """The FFN kinds that a checkpoint's `config.json` describes.
+
+    Raises:
+        CheckpointError: it describes none.
+    """
+    values = config_json.get("quantization_config")
+    if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(
+            f"{where} holds no FastFFN kinds (its config.json has no quantization_config of method '{QUANT_METHOD}'): "
+            "there are no factors to merge; it is dense already."
+        )
+    try:
+        return FastFFNConfig(**values)
+    except TypeError as error:
+        raise ConfigError(f"The quantization_config of {where} is not FastFFN's: {error}.") from error

@@ -1,0 +1,17 @@
+"""FFN kinds, one file each. Importing a file registers its kind."""
+
+from fastffn.nn.base import FFN, FFNConfig, MergedTensor
+from fastffn.nn.build import build
+from fastffn.nn.dense import DenseConfig, DenseFFN
+from fastffn.nn.low_rank import LowRankConfig, LowRankFFN
+
+__all__ = [
+    "FFN",
+    "DenseConfig",
+    "DenseFFN",
+    "FFNConfig",
+    "LowRankConfig",
+    "LowRankFFN",
+    "MergedTensor",
+    "build",
+]

@@ -1,0 +1,175 @@
+"""The `low_rank` kind: FastFFN's stage 1. Every linear map W of the dense FFN becomes two factors, W = B A."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fastffn.errors import ConfigError
+from fastffn.nn.base import MergedTensor
+from fastffn.nn.dense import DenseConfig, DenseFFN, LinearMapFFN
+from fastffn.registry import register_ffn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+STARTS = ("spectral", "normal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig(DenseConfig):
+    """Configuration of the `low_rank` kind; see `DenseConfig` for the other fields.
+
+    Args:
+        rank: r, the width between the two factors of each linear map; None means D / 4. The published rank is 8.
+        start: `spectral` (truncated SVD of a dense start, singular values split evenly between the factors) or
+            `normal` (random factors whose product has the variance of the dense weights).
+        rescale: whether a spectral start is scaled up to the Frobenius norm of the dense weights.
+    """
+
+    rank: int | None = None
+    start: str = "spectral"
+    rescale: bool = False
+
+    def __post_init__(self) -> None:
+        """See `FFNConfig.__post_init__`."""
+        super().__post_init__()
+        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
+            raise ConfigError(f"rank is {self.rank!r}; it must be a whole number of at least 1.")
+        if self.start not in STARTS:
+            raise ConfigError(f"start is '{self.start}'; it must be one of {', '.join(STARTS)}.")
+
+    def resolved(self) -> Self:
+        """See `FFNConfig.resolved`; also checks the rank against the widths."""
+        config = super().resolved()
+        assert config.d_model and config.d_hidden and config.d_out
+        smallest = min(config.d_model, config.d_hidden, config.d_out)
+        rank = config.rank if config.rank is not None else max(1, min(config.d_model // 4, smallest))
+        if rank > smallest:
+            raise ConfigError(
+                f"rank is {rank}, but the narrowest linear map has min(in, out) = {smallest}: a higher rank costs more "
+                f"than the dense FFN and can express nothing more. Choose a rank of at most {smallest}."
+            )
+        return dataclasses.replace(config, rank=rank)
+
+
+class LowRankLinear(nn.Module):
+    """`y = b(a(x))`: a linear map of rank r, without a bias between the factors.
+
+    Shapes: `a.weight [r, in]`, `b.weight [out, r]`, `b.bias [out]`.
+    """
+
+    def __init__(self, d_in: int, d_out: int, rank: int, bias: bool) -> None:
+        super().__init__()
+        self.a = nn.Linear(d_in, rank, bias=False)
+        self.b = nn.Linear(rank, d_out, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in] -> [..., out]`."""
+        y: torch.Tensor = self.b(self.a(x))
+        return y
+
+    @torch.no_grad()
+    def start_from(self, weight: torch.Tensor, start: str, rescale: bool) -> None:
+        """Sets the factors from a dense `weight [out, in]`."""
+        rank = self.a.out_features
+        if start == "normal":
+            # var(sum of r products) = r var(a) var(b); both factors get the fourth root of var(W) / r as deviation.
+            deviation = float((weight.detach().double().cpu().var(correction=0) / rank) ** 0.25)
+            self.a.weight.normal_(0.0, deviation)
+            self.b.weight.normal_(0.0, deviation)
+            return
+        u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+        u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+        if rescale:
+            s = s * (weight.detach().float().norm() / s.norm().clamp_min(torch.finfo(s.dtype).tiny))
+        root = s.sqrt()
+        self.a.weight.copy_(root[:, None] * vh)
+        self.b.weight.copy_(u * root)
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`b @ a`, computed in float64 and rounded once to the dtype of `b`. a: `[r, in]`, b: `[out, r]`."""
+    # On the CPU: several accelerators have no float64.
+    return (b.detach().cpu().double() @ a.detach().cpu().double()).to(dtype=b.dtype, device=b.device)
+
+
+@register_ffn("low_rank", LowRankConfig)
+class LowRankFFN(LinearMapFFN[LowRankConfig]):
+    """A dense FFN whose linear maps have rank r: `W = B A`, the activation between the two maps.
+
+    Shapes:
+        x: `[..., D]`; returns `[..., O]` in the dtype of the parameters.
+        up.a.weight, gate.a.weight: `[r, D]`; up.b.weight, gate.b.weight: `[H, r]`; up.b.bias, gate.b.bias: `[H]`;
+        down.a.weight: `[r, H]`; down.b.weight: `[O, r]`; down.b.bias: `[O]`.
+    Raises:
+        ShapeError: the last axis of `x` is not D.
+    Cost: `r (D + 2 H + O)` multiply-adds a token; the dense FFN costs `H (D + O)`.
+    Reference: FastFFN, stage 1 (MindSpore research code, 2022).
+    """
+
+    def __init__(self, config: LowRankConfig) -> None:
+        super().__init__(config)
+        dense = DenseFFN(DenseConfig(**{name: getattr(self.config, name) for name in _dense_fields()}))
+        # Without weights (device "meta": a checkpoint is about to be loaded) there is nothing to start from.
+        if not any(parameter.is_meta for parameter in dense.parameters()):
+            self._start_from(dense)
+
+    def linear_map(self, d_in: int, d_out: int) -> nn.Module:
+        """Two factors."""
+        assert self.config.rank is not None
+        return LowRankLinear(d_in, d_out, self.config.rank, self.config.bias)
+
+    def _linears(self) -> dict[str, LowRankLinear]:
+        return {name: getattr(self, name) for name in self.config.linear_maps()}
+
+    @torch.no_grad()
+    def _start_from(self, dense: DenseFFN) -> None:
+        for name, linear in self._linears().items():
+            source = getattr(dense, name)
+            linear.start_from(source.weight, self.config.start, self.config.rescale)
+            if self.config.bias:
+                linear.b.bias.copy_(source.bias)
+
+    @classmethod
+    def from_dense(cls, dense: DenseFFN, config: LowRankConfig) -> Self:
+        """Factors that approximate `dense` as `config.start` says; biases are copied.
+
+        With `rank = min(in, out)` and a spectral start the function stays the same, up to rounding.
+        """
+        widths = {name: getattr(dense.config, name) for name in _dense_fields()}
+        with torch.device("meta"):
+            module = cls(dataclasses.replace(config, **widths))
+        module.to(dense.up.weight.dtype).to_empty(device=dense.up.weight.device)
+        module._start_from(dense)
+        return module.train(dense.training)
+
+    @classmethod
+    def merged_tensors(cls, config: LowRankConfig) -> dict[str, MergedTensor]:
+        """`weight = b.weight @ a.weight`; the bias of `b` is the bias."""
+        recipe = {}
+        for name in config.linear_maps():
+            recipe[f"{name}.weight"] = MergedTensor((f"{name}.a.weight", f"{name}.b.weight"), product)
+            if config.bias:
+                recipe[f"{name}.bias"] = MergedTensor((f"{name}.b.bias",))
+        return recipe
+
+    @torch.no_grad()
+    def decay_product_(self, amount: float) -> None:
+        """Frobenius decay: one step of size `amount` against the gradient of ||B A||^2 / 2, factors at once.
+
+        `b -= amount * b (a a^T)`, `a -= amount * (b^T b) a`, both from the old values.
+        """
+        for linear in self._linears().values():
+            a, b = linear.a.weight, linear.b.weight
+            step_b, step_a = b @ (a @ a.T), (b.T @ b) @ a
+            b.sub_(step_b, alpha=amount)
+            a.sub_(step_a, alpha=amount)
+
+
+def _dense_fields() -> list[str]:
+    return [field.name for field in dataclasses.fields(DenseConfig)]

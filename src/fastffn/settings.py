@@ -1,0 +1,17 @@
+"""Every FASTFFN_* environment variable, with its one-line meaning."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ENVIRONMENT = {
+    "FASTFFN_DATA_DIR": "folder of real texts and tokenizers for tests and benchmarks; nothing else reads it",
+}
+
+
+def data_dir() -> Path | None:
+    """The folder that FASTFFN_DATA_DIR names, or None where it is unset or absent."""
+    value = os.environ.get("FASTFFN_DATA_DIR", "")
+    path = Path(value)
+    return path if value and path.is_dir() else None
