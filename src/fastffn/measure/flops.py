@@ -1,0 +1,65 @@
+"""Floating-point operations of a training step, counted; and the speed-up that they allow.
+
+Only matrix products count. In causal attention half of the score matrix is never needed; it is left out, so that
+the bound is one that a perfect kernel could reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_flops(run: Callable[[], object], *, causal: bool = True) -> int:
+    """Floating-point operations of the matrix products in `run()`, two for each multiply-add.
+
+    Args:
+        run: executes once; tensors on device "meta" make it free.
+        causal: whether the batched products are causal attention, of which half is needed.
+    """
+    counter = FlopCounterMode(display=False)
+    with counter:
+        run()
+    total = 0
+    for operator, flops in counter.get_flop_counts().get("Global", {}).items():
+        attention = "scaled_dot_product" in str(operator) or str(operator) in ("aten.bmm", "aten.baddbmm")
+        total += flops // 2 if attention and causal else flops
+    return total
+
+
+def step_flops(model: nn.Module, batch: int, sequence: int) -> int:
+    """Forward and backward FLOPs of a causal language model (on device "meta") on `[batch, sequence]` tokens."""
+
+    def run() -> Any:
+        ids = torch.zeros(1, sequence, dtype=torch.long, device="meta")
+        return model(input_ids=ids, labels=ids).loss.backward()
+
+    return batch * count_flops(run)
+
+
+@dataclass(frozen=True)
+class StepBound:
+    """What arithmetic alone allows stage 1 to gain.
+
+    Attributes:
+        dense: FLOPs of a dense training step; factorised: of a factorised one; without_ffn: of one without FFNs.
+    """
+
+    dense: int
+    factorised: int
+    without_ffn: int
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster a factorised step can be, if every FLOP takes the same time."""
+        return self.dense / self.factorised
+
+    @property
+    def speedup_of_free_ffn(self) -> float:
+        """How many times faster a step would be whose FFNs cost nothing: no approximation can beat this."""
+        return self.dense / self.without_ffn

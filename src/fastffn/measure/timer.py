@@ -1,0 +1,71 @@
+"""The timer: several things side by side in one process, in alternating blocks, medians of many."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call, over many calls.
+
+    Attributes:
+        median: the middle one.
+        low, high: the quartiles: how much this machine wavers.
+        calls: how many were timed.
+    """
+
+    median: float
+    low: float
+    high: float
+    calls: int
+
+
+def synchronize() -> None:
+    """Waits until the accelerator, where there is one, has done all it was asked."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def alternate(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int, block: int = 1, warmup: int = 1
+) -> dict[str, Timing]:
+    """Times several calls against each other.
+
+    In every round each takes its turn of `block` calls, and every other round runs in reverse order: drift of the
+    machine and caches left warm or cold by a neighbour strike all alike.
+
+    Args:
+        calls: what to time, by name.
+        rounds: how many rounds.
+        block: calls in a row of one kind; the first of a block is not timed if there are several.
+        warmup: rounds before timing starts.
+
+    Returns:
+        A `Timing` for each name.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for number in range(warmup + rounds):
+        for name in names if number % 2 == 0 else reversed(names):
+            for repeat in range(block):
+                synchronize()
+                start = time.perf_counter()
+                calls[name]()
+                synchronize()
+                elapsed = time.perf_counter() - start
+                if number >= warmup and (repeat > 0 or block == 1):
+                    seconds[name].append(elapsed)
+    return {name: _summary(values) for name, values in seconds.items()}
+
+
+def _summary(values: list[float]) -> Timing:
+    if len(values) < 2:
+        return Timing(values[0], values[0], values[0], len(values))
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Timing(median, low, high, len(values))
