@@ -52,6 +52,7 @@ def get_kind(name: str) -> Kind:
 
     Raises:
         KindError: no kind has that name.
+
     """
     known = kinds()
     if name not in known:
@@ -64,6 +65,7 @@ def kind_of(config: FFNConfig) -> Kind:
 
     Raises:
         KindError: the configuration's class belongs to no registered kind.
+
     """
     for kind in kinds().values():
         if type(config) is kind.config:

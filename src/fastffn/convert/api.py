@@ -22,6 +22,7 @@ class LayerReport:
         path: where it is in the model.
         kind: what it is now, `left as it was` where a filter excluded it.
         parameters_before, parameters_after: number of its parameters.
+
     """
 
     path: str
@@ -50,9 +51,7 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def convert(
-    model: nn.Module, config: FFNConfig, *, filter: Callable[[str], bool] | None = None
-) -> ConversionReport:
+def convert(model: nn.Module, config: FFNConfig, *, filter: Callable[[str], bool] | None = None) -> ConversionReport:
     """Replaces the FFNs of a Hugging Face model, in place, each by an approximation made from its weights.
 
     Args:
@@ -69,6 +68,7 @@ def convert(
         ConfigError: the configuration does not fit the model's widths.
 
     The model then saves and loads as an ordinary checkpoint (`import fastffn.hf` before `from_pretrained`).
+
     """
     from fastffn.convert import io
 
@@ -116,6 +116,7 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         ConversionError: there is nothing to merge.
         KindError: a kind has no dense equivalent.
+
     """
     from fastffn.convert import io
 

@@ -32,6 +32,7 @@ class MergedCheckpoint:
         layers: paths of the FFNs that became dense.
         parameters_before, parameters_after: of the whole model.
         same_tensors: new name -> old name of every tensor that is the same one as before (biases, attention, ...).
+
     """
 
     layers: tuple[str, ...]
@@ -45,6 +46,7 @@ def skeleton(config_json: dict[str, Any], where: str) -> torch.nn.Module:
 
     Raises:
         CheckpointError: transformers does not know the architecture.
+
     """
     import transformers
 
@@ -58,9 +60,7 @@ def skeleton(config_json: dict[str, Any], where: str) -> torch.nn.Module:
     return model
 
 
-def merge_checkpoint(
-    source: Path, target: Path, *, max_shard_bytes: int = 50_000_000_000
-) -> MergedCheckpoint:
+def merge_checkpoint(source: Path, target: Path, *, max_shard_bytes: int = 50_000_000_000) -> MergedCheckpoint:
     """Multiplies out the factors of a checkpoint; memory is that of the largest matrix (and its float64 product).
 
     Args:
@@ -73,6 +73,7 @@ def merge_checkpoint(
         CheckpointError: `source` is missing, corrupt, or holds no factors.
         KindError: a kind in it has no dense equivalent.
         OutputError: `target` exists already.
+
     """
     source, target = Path(source), Path(target)
     if not source.is_dir():
@@ -126,9 +127,7 @@ def merge_checkpoint(
             if wanted and file.is_file():
                 shutil.copyfile(file, partial_target / file.name)
     decoys = {name for name in reader.names if name == io.REMEDY_TENSOR or name in recipe}
-    before = sum(
-        torch.Size(reader.dtype_and_shape(name)[1]).numel() for name in reader.names if name not in decoys
-    )
+    before = sum(torch.Size(reader.dtype_and_shape(name)[1]).numel() for name in reader.names if name not in decoys)
     after = sum(torch.Size(tensor.shape).numel() for tensor in plan)
     return MergedCheckpoint(tuple(layers), before, after, same)
 
@@ -136,16 +135,3 @@ def merge_checkpoint(
 def _merged(reader: TensorReader, rule: MergedTensor, where: match.ModelTensor) -> torch.Tensor:
     sources = [reader.read(name) for name in rule.sources]
     return where.convert(rule.combine(*sources) if rule.combine else sources[0])
-
-
-@torch.no_grad()
-def logits_on_random_tokens(checkpoint: Path, tokens: int = 64) -> torch.Tensor:
-    """Next-token logits `[1, tokens, vocabulary]` in float32 of a causal language model on fixed random tokens."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-    limit = getattr(model.config, "max_position_embeddings", None) or tokens
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (1, min(tokens, limit)), generator=generator)
-    logits: torch.Tensor = model(input_ids=ids).logits.float()
-    return logits

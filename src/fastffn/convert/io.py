@@ -63,6 +63,7 @@ class FastFFNConfig(QuantizationConfigMixin):
 
     Raises:
         CheckpointError: the checkpoint's format is newer than this FastFFN.
+
     """
 
     def __init__(
@@ -77,12 +78,11 @@ class FastFFNConfig(QuantizationConfigMixin):
                 f"The checkpoint's FastFFN format is version {version}, this FastFFN reads version {FORMAT_VERSION}; "
                 "install the FastFFN that wrote it, or a newer one."
             )
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]  # theirs is an enumeration, but any name works
         self.version = version
         self.ffn = describe(ffn) if isinstance(ffn, FFNConfig) else dict(ffn)
         self.layers = {
-            path: describe(value) if isinstance(value, FFNConfig) else value
-            for path, value in (layers or {}).items()
+            path: describe(value) if isinstance(value, FFNConfig) else value for path, value in (layers or {}).items()
         }
         # Unknown kinds and fields are refused here, before any weight is touched.
         for values in (self.ffn, *self.layers.values()):
@@ -207,6 +207,7 @@ def described_in(config_json: dict[str, Any], where: str) -> FastFFNConfig:
 
     Raises:
         CheckpointError: it describes none.
+
     """
     values = config_json.get("quantization_config")
     if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:

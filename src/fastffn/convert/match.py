@@ -30,13 +30,14 @@ class Family:
         model_types: values of `config.model_type` that belong to the family.
         ffn_class: name of the class of its FFN modules.
         tensors: for each tensor of the dense kind, where the family keeps it.
+
     """
 
     model_types: ClassVar[tuple[str, ...]]
     ffn_class: ClassVar[str]
     tensors: ClassVar[Mapping[str, ModelTensor]]
 
-    def dense_config(self, ffn: nn.Module, model_config: Any) -> DenseConfig:
+    def dense_config(self, ffn: Any, model_config: Any) -> DenseConfig:
         """The dense kind's configuration of a module of the family."""
         raise NotImplementedError
 
@@ -73,6 +74,7 @@ def family_of(model_config: Any) -> Family:
 
     Raises:
         ConversionError: the model has no configuration, or its type belongs to no known family.
+
     """
     from fastffn.convert.families import families
 

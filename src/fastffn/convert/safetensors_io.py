@@ -41,6 +41,7 @@ class TensorReader:
 
     Raises:
         CheckpointError: the directory holds no safetensors, or one of the files is corrupt or missing.
+
     """
 
     def __init__(self, directory: Path) -> None:
@@ -77,6 +78,7 @@ class TensorReader:
 
         Raises:
             CheckpointError: there is no such tensor.
+
         """
         if name not in self._dtype_and_shape:
             raise CheckpointError(f"The tensor '{name}' is missing; the checkpoint is not complete.")
@@ -118,7 +120,7 @@ def write_checkpoint(directory: Path, plan: list[PlannedTensor], max_shard_bytes
     if len(shards) == 1:
         _write_file(directory / WEIGHTS, shards[0])
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_file(directory / name, shard)
@@ -152,4 +154,4 @@ def _write_file(path: Path, tensors: list[PlannedTensor]) -> None:
                     f"'{tensor.name}' should be {tensor.dtype} {list(tensor.shape)} and came out as {values.dtype} "
                     f"{list(values.shape)}; the checkpoint does not fit its config.json."
                 )
-            file.write(memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -13,7 +13,16 @@ import warnings
 from pathlib import Path
 
 # Not part of what `help()` documents: tests, vendored packages, installed packages.
-_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "ensurepip"}
+_EXCLUDED = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "idlelib",
+    "lib2to3",
+    "ensurepip",
+}
 
 
 @functools.cache

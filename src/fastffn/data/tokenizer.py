@@ -22,6 +22,7 @@ def training_size(spec: str) -> int | None:
 
     Raises:
         ConfigError: N is not a whole number of at least 257 (all bytes and the end of text).
+
     """
     if not spec.startswith("train:"):
         return None
@@ -38,8 +39,9 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
 
     Raises:
         DataError: there is none, it has no fast version, or no token for the end of a text.
+
     """
-    from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
     path = Path(spec).expanduser()
     bare_bpe = (path / "vocab.json").is_file() and (path / "merges.txt").is_file()
@@ -47,7 +49,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
     try:
         if bare_bpe and not described:
             # OpenAI's two files, as GPT-2 was published.
-            tokenizer = GPT2TokenizerFast.from_pretrained(str(path))
+            tokenizer = GPT2Tokenizer.from_pretrained(str(path))
         else:
             tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else spec)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

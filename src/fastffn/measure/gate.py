@@ -7,9 +7,7 @@ import torch
 from fastffn.errors import MeasurementError
 
 
-def gate(
-    name: str, result: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor, *, floor: float
-) -> float:
+def gate(name: str, result: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor, *, floor: float) -> float:
     """Checks `result` against an exact value, by the measure of what its dtype can do.
 
     The largest error of `result` may be twice that of `same_dtype` (the plain computation in the same dtype), plus
@@ -27,6 +25,7 @@ def gate(
 
     Raises:
         MeasurementError: the shapes differ, something is not finite, or the error is too large.
+
     """
     if result.shape != exact.shape:
         raise MeasurementError(f"{name}: shape {list(result.shape)} instead of {list(exact.shape)}.")

@@ -19,10 +19,10 @@ def describe_machine() -> dict[str, Any]:
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
         accelerator = str(device)
-        module = getattr(torch, device.type, None) if device is not None else None
+        module: Any = getattr(torch, device.type, None) if device is not None else None
         if hasattr(module, "get_device_name"):
             accelerator = f"{device}: {module.get_device_name()}"
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -1,32 +1,28 @@
-"""One training step as a call that can be timed: forward, backward, optimizer."""
+"""Training steps (forward, backward, optimizer) of several models, timed against each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastffn.measure.timer import Timing, alternate
 
-def training_step(
-    model: nn.Module,
-    ids: torch.Tensor,
-    *,
-    autocast: torch.dtype | None = None,
-    optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW,
-) -> Callable[[], None]:
-    """A call that takes one step of `model` on the tokens `ids [batch, sequence]`.
+
+def training_step(model: nn.Module, ids: torch.Tensor, autocast: torch.dtype | None = None) -> Callable[[], None]:
+    """A call that takes one AdamW step of `model` on the tokens `ids [batch, sequence]`.
 
     Args:
         model: a causal language model of transformers, on the device of `ids`.
         ids: random token numbers.
         autocast: dtype of the matrix products; None: that of the parameters.
-        optimizer: its class; it gets the parameters and a small learning rate.
+
     """
     model.train()
     # A rate this small keeps the weights, and with them the arithmetic, what they were.
-    update: Any = optimizer(model.parameters(), lr=1e-6)  # type: ignore[call-arg]
+    update = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     kind = ids.device.type
 
     def step() -> None:
@@ -37,3 +33,45 @@ def training_step(
         update.zero_grad(set_to_none=True)
 
     return step
+
+
+def random_tokens(batch: int, sequence: int, vocabulary: int, device: torch.device) -> torch.Tensor:
+    """`[batch, sequence]` token numbers, the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocabulary, (batch, sequence), generator=generator).to(device)
+
+
+def compare_steps(
+    models: Mapping[str, nn.Module],
+    *,
+    sequence: int,
+    vocabulary: int,
+    most: int,
+    autocast: torch.dtype | None,
+    rounds: int,
+    seconds_a_step: float,
+) -> tuple[int, dict[str, Timing]]:
+    """Times a training step of each model, alternating.
+
+    Args:
+        models: causal language models on one device, by name; the first is the yardstick.
+        sequence, vocabulary: of the random tokens.
+        most: sequences in a step; fewer if the first model would need more than `seconds_a_step` for them.
+        autocast: see `training_step`.
+        rounds: timed steps of each model.
+        seconds_a_step: see `most`.
+
+    Returns:
+        The number of sequences in the timed step, and the timings.
+
+    """
+    device = next(next(iter(models.values())).parameters()).device
+
+    def steps(batch: int) -> dict[str, Any]:
+        ids = random_tokens(batch, sequence, vocabulary, device)
+        return {name: training_step(model, ids, autocast) for name, model in models.items()}
+
+    first = next(iter(models))
+    single = alternate(steps(1), rounds=1)[first].median
+    batch = max(1, min(most, int(seconds_a_step / single)))
+    return batch, alternate(steps(batch), rounds=rounds)

@@ -18,6 +18,7 @@ class Timing:
         median: the middle one.
         low, high: the quartiles: how much this machine wavers.
         calls: how many were timed.
+
     """
 
     median: float
@@ -48,6 +49,7 @@ def alternate(
 
     Returns:
         A `Timing` for each name.
+
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)

@@ -48,6 +48,7 @@ def get_activation(name: str) -> Activation:
 
     Raises:
         ConfigError: no activation has that name.
+
     """
     if name not in ACTIVATIONS:
         raise ConfigError(

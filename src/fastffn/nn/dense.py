@@ -25,6 +25,7 @@ class DenseConfig(FFNConfig):
         d_hidden: width H between the two linear maps; None means 4 D.
         bias: whether the linear maps have biases.
         gated: whether a third map `gate` multiplies the hidden activations, as in Llama.
+
     """
 
     d_hidden: int | None = None
@@ -52,6 +53,10 @@ M = TypeVar("M", bound=DenseConfig)
 
 class LinearMapFFN(FFN[M]):
     """`y = down(act(up(x)))`; gated: `y = down(act(gate(x)) * up(x))`: kinds differ in what the maps are made of."""
+
+    up: nn.Module
+    gate: nn.Module
+    down: nn.Module
 
     def __init__(self, config: M) -> None:
         super().__init__(config)
@@ -82,9 +87,11 @@ class DenseFFN(LinearMapFFN[DenseConfig]):
         x: `[..., D]`; returns `[..., O]` in the dtype of the parameters.
         up.weight, gate.weight: `[H, D]`; up.bias, gate.bias: `[H]`; down.weight: `[O, H]`; down.bias: `[O]`.
     Start values: those of `torch.nn.Linear`; a model that wants others sets them.
+
     Raises:
         ShapeError: the last axis of `x` is not D.
     Cost: `H (D + O)` multiply-adds a token, gated `H (2 D + O)`.
+
     """
 
     def linear_map(self, d_in: int, d_out: int) -> nn.Module:

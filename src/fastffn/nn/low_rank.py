@@ -29,6 +29,7 @@ class LowRankConfig(DenseConfig):
         start: `spectral` (truncated SVD of a dense start, singular values split evenly between the factors) or
             `normal` (random factors whose product has the variance of the dense weights).
         rescale: whether a spectral start is scaled up to the Frobenius norm of the dense weights.
+
     """
 
     rank: int | None = None
@@ -79,9 +80,9 @@ class LowRankLinear(nn.Module):
         rank = self.a.out_features
         if start == "normal":
             # var(sum of r products) = r var(a) var(b); both factors get the fourth root of var(W) / r as deviation.
-            deviation = float((weight.detach().double().cpu().var(correction=0) / rank) ** 0.25)
-            self.a.weight.normal_(0.0, deviation)
-            self.b.weight.normal_(0.0, deviation)
+            deviation = (weight.detach().float().var(correction=0) / rank) ** 0.25
+            self.a.weight.normal_().mul_(deviation)
+            self.b.weight.normal_().mul_(deviation)
             return
         u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
         u, s, vh = u[:, :rank], s[:rank], vh[:rank]
@@ -106,10 +107,12 @@ class LowRankFFN(LinearMapFFN[LowRankConfig]):
         x: `[..., D]`; returns `[..., O]` in the dtype of the parameters.
         up.a.weight, gate.a.weight: `[r, D]`; up.b.weight, gate.b.weight: `[H, r]`; up.b.bias, gate.b.bias: `[H]`;
         down.a.weight: `[r, H]`; down.b.weight: `[O, r]`; down.b.bias: `[O]`.
+
     Raises:
         ShapeError: the last axis of `x` is not D.
     Cost: `r (D + 2 H + O)` multiply-adds a token; the dense FFN costs `H (D + O)`.
     Reference: FastFFN, stage 1 (MindSpore research code, 2022).
+
     """
 
     def __init__(self, config: LowRankConfig) -> None:
@@ -144,7 +147,8 @@ class LowRankFFN(LinearMapFFN[LowRankConfig]):
         widths = {name: getattr(dense.config, name) for name in _dense_fields()}
         with torch.device("meta"):
             module = cls(dataclasses.replace(config, **widths))
-        module.to(dense.up.weight.dtype).to_empty(device=dense.up.weight.device)
+        like = next(dense.parameters())
+        module.to(like.dtype).to_empty(device=like.device)
         module._start_from(dense)
         return module.train(dense.training)
 

@@ -23,7 +23,7 @@ class GPT2Family(Family):
         "down.bias": ModelTensor("c_proj.bias"),
     }
 
-    def dense_config(self, ffn: nn.Module, model_config: Any) -> DenseConfig:
+    def dense_config(self, ffn: Any, model_config: Any) -> DenseConfig:
         """See `Family.dense_config`."""
         d_model, d_hidden = ffn.c_fc.weight.shape
         return DenseConfig(

@@ -1,0 +1,1 @@
+"""Cases and reports on top of `measure`."""

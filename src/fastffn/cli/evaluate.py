@@ -1,0 +1,69 @@
+"""`fastffn evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from fastffn.cli.options import json_option, path_argument
+
+
+@click.group(name="evaluate")
+def command() -> None:
+    """Measure a model's quality.
+
+    Example: fastffn evaluate perplexity runs/demo/stage2 --data my_text.txt
+    """
+
+
+@command.command()
+@path_argument("model")
+@click.option("--data", required=True, help="UTF-8 text file or folder, data set name or directory, or python-docs.")
+@click.option("--split", help="Split of a data set.  [default: train]")
+@click.option("--text-column", default="text", show_default=True, help="Column of a data set that holds the text.")
+@click.option("--tokenizer", help="Directory or hub name.  [default: the model's own]")
+@click.option("--context", type=int, help="Tokens that the model sees at once.  [default: as many as it can]")
+@click.option("--stride", type=int, help="Tokens between windows, each scored once.  [default: half the context]")
+@click.option("--batch", type=int, default=8, show_default=True, help="Windows at a time.")
+@json_option
+def perplexity(
+    model: Path,
+    data: str,
+    split: str | None,
+    text_column: str,
+    tokenizer: str | None,
+    context: int | None,
+    stride: int | None,
+    batch: int,
+    as_json: bool,
+) -> None:
+    """Perplexity of the language model MODEL on a text: per token, per word, and bits per byte.
+
+    Every token is scored once, with at least context - stride tokens before it where the text has them.
+
+    Example: fastffn evaluate perplexity runs/demo/stage2 --data my_text.txt --stride 128
+    """
+    from fastffn.evaluate.perplexity import evaluate_perplexity
+
+    result = evaluate_perplexity(
+        model,
+        data,
+        split=split,
+        column=text_column,
+        tokenizer=tokenizer,
+        context=context,
+        stride=stride,
+        batch=batch,
+    )
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    click.echo(
+        f"{result['tokens']:,} tokens, {result['words']:,} words, {result['bytes']:,} bytes; context "
+        f"{result['context']}, stride {result['stride']}\n"
+        f"perplexity per token  {result['token_perplexity']:.3f}\n"
+        f"perplexity per word   {result['word_perplexity']:.3f}\n"
+        f"bits per byte         {result['bits_per_byte']:.4f}"
+    )

@@ -1,0 +1,61 @@
+"""The group of commands, and how errors reach the user."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import textwrap
+from typing import Any
+
+import click
+
+from fastffn.errors import FastFFNError, did_you_mean
+
+# Each name is a file in this folder with a click command `command`.
+COMMANDS = {
+    "pretrain": "pre-train a GPT in two stages, and a dense one beside it",
+    "merge": "multiply out the factors of a checkpoint",
+    "evaluate": "measure a model's quality",
+    "bench": "measure speed, beside the bound that arithmetic gives",
+    "info": "versions, devices, kinds of FFN, environment variables",
+}
+
+
+class _Commands(click.Group):
+    """Loads a command's file when the command is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"fastffn.cli.{cmd_name}").command
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+            ctx.fail(f"There is no command '{args[0]}'.{did_you_mean(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fastffn")
+def cli() -> None:
+    """Cheap feed-forward networks for Transformers, in training and in inference, with honest prices.
+
+    Example: fastffn pretrain --preset demo --output runs/demo
+    """
+
+
+def run() -> None:
+    """Runs the command line; an error of ours becomes one paragraph and its exit code."""
+    try:
+        cli()
+    except FastFFNError as error:
+        print(textwrap.fill(f"Error: {error}", 100, break_on_hyphens=False), file=sys.stderr)
+        sys.exit(error.exit_code)

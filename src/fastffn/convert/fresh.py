@@ -1,0 +1,83 @@
+"""A GPT-2 with fresh weights, its FFNs dense or of another kind; and the FLOPs of a training step of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastffn.convert.api import convert
+from fastffn.measure.flops import StepBound, step_flops
+from fastffn.nn import FFNConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPT2Shape:
+    """Widths of a GPT-2: `d_hidden` None means 4 d_model; `dropout` is that of embeddings, attention, residuals."""
+
+    layers: int
+    d_model: int
+    heads: int
+    sequence: int
+    vocabulary: int
+    d_hidden: int | None = None
+    activation: str = "gelu_pytorch_tanh"
+    dropout: float = 0.0
+
+    def model_config(self, end_of_text: int = 0) -> Any:
+        """The transformers configuration."""
+        from transformers import GPT2Config
+
+        return GPT2Config(
+            vocab_size=self.vocabulary,
+            n_positions=self.sequence,
+            n_embd=self.d_model,
+            n_layer=self.layers,
+            n_head=self.heads,
+            n_inner=self.d_hidden,
+            activation_function=self.activation,
+            resid_pdrop=self.dropout,
+            embd_pdrop=self.dropout,
+            attn_pdrop=self.dropout,
+            bos_token_id=end_of_text,
+            eos_token_id=end_of_text,
+            use_cache=False,  # training would copy keys and values for nothing; generate() does not read this
+        )
+
+    @property
+    def ffn_flops_per_token(self) -> int:
+        """FLOPs of the dense FFNs' matrix products, forward and backward."""
+        # Three products (forward, two gradients) of two matrices, two FLOPs a multiply-add.
+        return 3 * 2 * 2 * self.layers * self.d_model * (self.d_hidden or 4 * self.d_model)
+
+
+def fresh_gpt2(shape: GPT2Shape, ffn: FFNConfig | None = None, *, seed: int = 0, end_of_text: int = 0) -> Any:
+    """A model with fresh weights: for a seed the same dense start, whatever becomes of its FFNs.
+
+    Args:
+        shape: its widths.
+        ffn: kind to put in the place of the dense FFNs, None to keep them.
+        seed: of all random numbers.
+        end_of_text: number of the token that ends a document.
+
+    Returns:
+        A `transformers.GPT2LMHeadModel`.
+
+    """
+    from transformers import GPT2LMHeadModel, set_seed
+
+    set_seed(seed)
+    model = GPT2LMHeadModel(shape.model_config(end_of_text))
+    if ffn is not None:
+        convert(model, ffn)
+    return model
+
+
+def step_bound(shape: GPT2Shape, ffn: FFNConfig) -> StepBound:
+    """The FLOPs of a training step on one sequence: dense, with `ffn`, and without FFNs."""
+    with torch.device("meta"):
+        dense, other = fresh_gpt2(shape), fresh_gpt2(shape, ffn)
+    flops = step_flops(dense, 1, shape.sequence)
+    without_ffn = flops - shape.sequence * shape.ffn_flops_per_token
+    return StepBound(flops, step_flops(other, 1, shape.sequence), without_ffn)

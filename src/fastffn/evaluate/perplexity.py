@@ -1,0 +1,168 @@
+"""Perplexity of a causal language model on a text, with context and stride stated.
+
+The text is read as one stream (documents joined by the end-of-text token). Windows of `context` tokens advance by
+`stride`; in each only the tokens are scored that no window before it has scored. Every token but the first of the
+stream is scored once, with at least `context - stride` tokens of context where there are so many before it.
+
+Per token: `exp(nll / tokens)`. Per word (stretches between white space, as in WikiText): `exp(nll / words)`; it does
+not depend on the tokenizer. Bits per byte: `nll / (ln 2 * UTF-8 bytes)`; neither does it. The end-of-text tokens
+between documents are scored like any other.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fastffn.convert.files import read_json
+from fastffn.data.blocks import token_ids
+from fastffn.data.text import find_text
+from fastffn.data.tokenizer import load_tokenizer
+from fastffn.errors import CheckpointError, ConfigError, DataError
+from fastffn.measure.machine import describe_machine
+
+# Vocabularies are padded up to a multiple of this for speed; more than that is another vocabulary.
+PADDING = 128
+
+
+def evaluate_perplexity(
+    model: str | Path,
+    data: str,
+    *,
+    split: str | None = None,
+    column: str = "text",
+    tokenizer: str | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    batch: int = 8,
+) -> dict[str, Any]:
+    """Perplexity of the model in a directory.
+
+    Args:
+        model: directory of a causal language model, dense or with FastFFN kinds.
+        data, split, column: see `find_text`.
+        tokenizer: directory or hub name; None: the model's own.
+        context: tokens in a window; None: as many as the model can take.
+        stride: tokens between windows; None: half the context.
+        batch: windows at a time.
+
+    Returns:
+        `token_perplexity`, `word_perplexity`, `bits_per_byte`, `nll` (nats in all), the counts, and what was used.
+
+    Raises:
+        CheckpointError: the model is missing or corrupt.
+        DataError: there is no text, or the tokenizer is not the model's.
+        ConfigError: context or stride are out of range.
+
+    """
+    import transformers
+
+    import fastffn.hf  # noqa: F401  (so that checkpoints with FastFFN kinds load)
+
+    directory = Path(model)
+    if not directory.is_dir():
+        raise CheckpointError(f"{model} is not a directory; name the directory of a model.")
+    config_json = read_json(directory / "config.json")
+    source = find_text(data, split=split, column=column)
+    words = load_tokenizer(tokenizer or str(directory))
+    size = config_json.get("vocab_size")
+    if isinstance(size, int) and not size - PADDING < len(words) <= size:
+        raise DataError(
+            f"The tokenizer {tokenizer or directory} has {len(words)} tokens, the model {directory} {size}: they do "
+            "not belong together. Name the model's tokenizer with --tokenizer."
+        )
+    progress = sys.stderr.isatty()
+    if not progress:
+        transformers.utils.logging.disable_progress_bar()
+    net = _load(directory)
+    limit = getattr(net.config, "max_position_embeddings", None)
+    context = context or limit or 1024
+    stride = stride or max(1, context // 2)
+    if context < 2 or (limit and context > limit):
+        raise ConfigError(f"context is {context}; it must be from 2 to {limit or 'any number'}, what the model takes.")
+    if not 1 <= stride < context:
+        raise ConfigError(f"stride is {stride}; it must be from 1 to context - 1 = {context - 1}.")
+    if batch < 1:
+        raise ConfigError(f"batch is {batch}; it must be at least 1.")
+
+    texts = []
+    tokens: list[int] = []
+    for piece in source.pieces():
+        texts.append(piece.text)
+        tokens += token_ids(words, [piece.text])[0]
+        if piece.ends_document:
+            tokens.append(words.eos_token_id)
+    if len(tokens) < 2:
+        raise DataError(f"{data} has {len(tokens)} tokens; perplexity needs at least two.")
+    nll = _nll(net, torch.tensor(tokens), context, stride, batch, progress)
+    scored = len(tokens) - 1
+    n_words = sum(len(text.split()) for text in texts)
+    n_bytes = sum(len(text.encode("utf-8")) for text in texts)
+    return {
+        "token_perplexity": math.exp(nll / scored),
+        "word_perplexity": math.exp(nll / max(1, n_words)),
+        "bits_per_byte": nll / (math.log(2) * n_bytes),
+        "nll": nll,
+        "tokens": scored,
+        "words": n_words,
+        "bytes": n_bytes,
+        "context": context,
+        "stride": stride,
+        "model": str(directory),
+        "data": data,
+        "machine": describe_machine(),
+    }
+
+
+def _load(directory: Path) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        net: Any = AutoModelForCausalLM.from_pretrained(directory)
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"The weights in {directory} are missing, corrupt or cut short: {reason}") from error
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return net.to(device or "cpu").eval()
+
+
+def windows(length: int, context: int, stride: int) -> list[tuple[int, int, int]]:
+    """`(begin, end, first)` of each window over `length` tokens; it scores the tokens from `first` to `end`."""
+    found = []
+    scored = 1
+    for begin in range(0, length, stride):
+        end = min(begin + context, length)
+        if end > scored:
+            found.append((begin, end, scored))
+            scored = end
+        if end == length:
+            break
+    return found
+
+
+@torch.no_grad()
+def _nll(net: Any, tokens: torch.Tensor, context: int, stride: int, batch: int, progress: bool) -> float:
+    """Negative log-likelihood in nats of all tokens but the first."""
+    total = 0.0
+    todo = windows(len(tokens), context, stride)
+    device = next(net.parameters()).device
+    bar = tqdm(total=len(tokens) - 1, unit="token", desc="perplexity", disable=not progress)
+    while todo:
+        # Windows of one length go together; only the last can be shorter.
+        group = [w for w in todo[:batch] if w[1] - w[0] == todo[0][1] - todo[0][0]]
+        todo = todo[len(group) :]
+        ids = torch.stack([tokens[begin:end] for begin, end, _ in group]).to(device)
+        logits = net(input_ids=ids, use_cache=False).logits
+        for row, (begin, end, first) in enumerate(group):
+            targets = ids[row, first - begin :]
+            scores = logits[row, first - begin - 1 : end - begin - 1].float()
+            total += float(torch.nn.functional.cross_entropy(scores, targets, reduction="sum").double())
+            bar.update(end - first)
+    bar.close()
+    return total

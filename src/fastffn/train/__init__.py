@@ -1,0 +1,1 @@
+"""Two-stage pre-training on the Hugging Face Trainer."""

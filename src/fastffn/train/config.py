@@ -1,0 +1,322 @@
+"""Every field of a pre-training run, its meaning, its default, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+
+from fastffn.convert.fresh import GPT2Shape
+from fastffn.data.tokenizer import training_size
+from fastffn.errors import ConfigError, did_you_mean
+from fastffn.nn import DenseConfig, FFNConfig
+from fastffn.nn.activations import get_activation
+from fastffn.registry import get_kind, kinds
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+def _field(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """A pre-training run: a GPT-2 in stages, and a dense one beside it.
+
+    The defaults are the `demo` preset's. Options of the FFN kind (`rank`, `start`, ...) are in `ffn_options`; flags
+    and YAML files give them like any other field.
+    """
+
+    # Text
+    data: str = _field("python-docs", "UTF-8 text file or folder, data set name or directory, or python-docs")
+    validation: str | None = _field(None, "text to validate on; default: held out from the data")
+    validation_fraction: float = _field(0.05, "part of the data that is held out where there is no validation text")
+    text_column: str = _field("text", "column of a data set that holds the text")
+    tokenizer: str = _field("train:4096", "directory or hub name, or train:N for a byte-level BPE of N tokens")
+    vocabulary: int | None = _field(None, "number of tokens that the tokenizer must have; default: as many as it has")
+    # Model
+    layers: int = _field(4, "Transformer blocks")
+    d_model: int = _field(256, "width of the model")
+    heads: int = _field(4, "attention heads")
+    d_hidden: int | None = _field(None, "width inside the FFN; default: 4 d_model")
+    sequence: int = _field(256, "tokens in a sequence")
+    activation: str = _field("gelu_pytorch_tanh", "activation of the FFN (GPT-2's GELU, computed by one kernel)")
+    dropout: float = _field(0.0, "dropout on embeddings, attention and residuals")
+    # Stages
+    ffn: str = _field("low_rank", "kind of FFN in stage 1")
+    ffn_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "fields of that kind"})
+    steps: int | None = _field(360, "optimizer steps of a run (of each stage with --restart)")
+    epochs: float | None = _field(None, "length in passes over the data instead of steps")
+    switch: float = _field(0.6, "fraction of the steps after which the factors are merged and training goes on dense")
+    dense_warmup: float = _field(0.0, "fraction of the steps trained dense before the factors")
+    rewarm_steps: int = _field(20, "steps over which the merged tensors' learning rate rises again")
+    restart: bool = _field(False, "each stage has a schedule and an optimizer of its own, as FastFFN published it")
+    baseline: bool = _field(True, "train a dense model beside it, for comparison")
+    # Optimisation
+    batch: int = _field(4, "sequences in an optimizer step, over all devices")
+    micro_batch: int | None = _field(None, "sequences on a device at once; default: all of the batch")
+    learning_rate: float = _field(3e-3, "peak learning rate of the two-stage run")
+    dense_learning_rate: float | None = _field(None, "peak learning rate of the dense run; default: the same")
+    factor_learning_rate: float | None = _field(None, "peak learning rate of the factors; default: the same")
+    schedule: Literal["wsd", "cosine"] = _field("wsd", "wsd (warm-up, stable, decay) or, with --restart, cosine")
+    warmup_steps: int = _field(30, "steps of linear warm-up")
+    decay: float = _field(0.3, "fraction of the steps in which the rate falls (wsd); all of it in the dense stage")
+    min_lr_ratio: float = _field(0.0, "final learning rate over peak learning rate")
+    weight_decay: float = _field(0.1, "AdamW's weight decay, of matrices only")
+    frobenius_decay: bool = _field(True, "factors: decay their product, not each for itself")
+    beta1: float = _field(0.9, "Adam's first beta")
+    beta2: float = _field(0.95, "Adam's second beta")
+    clip: float = _field(1.0, "largest norm of the gradient; 0: no clipping")
+    optimizer: str = _field("adamw_torch_fused", "name of an AdamW among transformers' optimizers")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _field("auto", "auto: bf16 on an accelerator that has it")
+    compile: bool = _field(False, "torch.compile the model")
+    seed: int = _field(0, "seed of weights and data order")
+    # Rhythm
+    evaluate_every: int = _field(20, "steps between validations")
+    checkpoint_every: int = _field(120, "steps between checkpoints")
+    log_every: int = _field(20, "steps between log lines")
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked before any text is read."""
+        for name in ("layers", "d_model", "heads", "sequence", "batch", "evaluate_every", "checkpoint_every"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        for name in ("d_hidden", "micro_batch", "steps", "vocabulary", "log_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "must be at least 1")
+        for name in ("learning_rate", "dense_learning_rate", "factor_learning_rate", "epochs"):
+            value = getattr(self, name)
+            _require(value is None or 0 < value < float("inf"), name, value, "must be above 0")
+        for name in ("dropout", "beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, name, value, "must be at least 0 and below 1")
+        for name in ("weight_decay", "clip", "warmup_steps", "rewarm_steps"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "must be from 0 to 1")
+        _require(
+            0 < self.validation_fraction <= 0.5,
+            "validation_fraction",
+            self.validation_fraction,
+            "must be above 0, at most 0.5",
+        )
+        _require(0 < self.switch < 1, "switch", self.switch, "must be above 0 and below 1")
+        _require(
+            0 <= self.dense_warmup < self.switch,
+            "dense_warmup",
+            self.dense_warmup,
+            f"must be at least 0 and below switch ({self.switch})",
+        )
+        _require(
+            (self.steps is None) != (self.epochs is None),
+            "steps",
+            f"{self.steps} and epochs {self.epochs}",
+            "one of the two must be given, and only one",
+        )
+        if self.d_model % self.heads:
+            divisors = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]
+            nearest = min(divisors, key=lambda n: abs(n - self.heads))
+            raise ConfigError(
+                f"heads is {self.heads}, which does not divide d_model {self.d_model}; the nearest that does is "
+                f"{nearest}."
+            )
+        micro = self.micro_batch or self.batch
+        if self.batch % micro:
+            raise ConfigError(f"batch is {self.batch}, which micro_batch {micro} does not divide.")
+        if self.schedule not in ("wsd", "cosine"):
+            raise ConfigError(f"schedule is '{self.schedule}'; it must be wsd or cosine.")
+        if self.precision not in ("auto", "fp32", "bf16", "fp16"):
+            raise ConfigError(f"precision is '{self.precision}'; it must be auto, fp32, bf16 or fp16.")
+        if not self.restart:
+            if self.schedule != "wsd":
+                raise ConfigError(
+                    "schedule 'cosine' decays from the beginning, but one schedule spans both stages and must decay in "
+                    "the dense one only. Use wsd, or restart, which gives each stage a schedule of its own."
+                )
+            _require(
+                0 < self.decay <= 1 - self.switch + 1e-9,
+                "decay",
+                self.decay,
+                f"must be above 0 and at most 1 - switch = {1 - self.switch:.3g}: the rate falls in the dense stage "
+                "only",
+            )
+        elif self.dense_warmup:
+            raise ConfigError("dense_warmup and restart exclude each other: a restarted stage knows nothing of it.")
+        if not self.optimizer.startswith("adamw_"):
+            raise ConfigError(
+                f"optimizer is '{self.optimizer}'; the switch of stages carries the state of an AdamW "
+                "(adamw_torch, adamw_torch_fused, adamw_torch_npu_fused, ...)."
+            )
+        training_size(self.tokenizer)
+        get_activation(self.activation)
+        self.ffn_config()
+
+    def shape(self, vocabulary: int) -> GPT2Shape:
+        """The widths of the model."""
+        return GPT2Shape(
+            layers=self.layers,
+            d_model=self.d_model,
+            heads=self.heads,
+            d_hidden=self.d_hidden,
+            sequence=self.sequence,
+            vocabulary=vocabulary,
+            activation=self.activation,
+            dropout=self.dropout,
+        )
+
+    def ffn_config(self) -> FFNConfig:
+        """The configuration of stage 1's FFN, all widths known.
+
+        Raises:
+            KindError: the kind is unknown.
+            ConfigError: it cannot be merged, or an option is unknown or does not fit.
+
+        """
+        kind = get_kind(self.ffn)
+        mergeable = mergeable_kinds()
+        if kind.name not in mergeable:
+            raise ConfigError(
+                f"ffn is '{kind.name}', which cannot be a first stage (it does not merge into another FFN, or is the "
+                f"baseline itself); choose from {', '.join(mergeable)}."
+            )
+        options = {name: value for name, value in self.ffn_options.items() if value is not None}
+        known = {f.name for f in dataclasses.fields(kind.config)} - FFNConfig.MODEL_FIELDS
+        for name in options:
+            if name not in known:
+                raise ConfigError(
+                    f"The kind '{kind.name}' has no option '{name}'; it has {', '.join(sorted(known))}."
+                    f"{did_you_mean(name, known)}"
+                )
+        widths = {"d_model": self.d_model, "activation": self.activation, "dropout": self.dropout}
+        if self.d_hidden is not None:
+            widths["d_hidden"] = self.d_hidden
+        return kind.config.from_dict(options | widths).resolved()
+
+    def to_flat(self) -> dict[str, Any]:
+        """All fields on one level, the FFN kind's options among them, as YAML files and flags give them."""
+        values = dataclasses.asdict(self)
+        options = values.pop("ffn_options")
+        return values | {name: options.get(name) for name in ffn_option_types()}
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> Self:
+        """The configuration that `to_flat` describes; fields left out keep their defaults.
+
+        Raises:
+            ConfigError: a field is unknown or out of range.
+
+        """
+        own = {f.name for f in dataclasses.fields(cls)} - {"ffn_options"}
+        options = ffn_option_types()
+        for name in values:
+            if name not in own and name not in options:
+                raise ConfigError(f"Unknown field '{name}'.{did_you_mean(name, own | set(options))}")
+        chosen = {name: value for name, value in values.items() if name in options and value is not None}
+        return cls(**{name: value for name, value in values.items() if name in own}, ffn_options=chosen)
+
+
+def mergeable_kinds() -> list[str]:
+    """Kinds that can be a first stage: they merge into the dense kind, and are not it."""
+    names = []
+    for kind in kinds().values():
+        config = kind.config(d_model=4).resolved()
+        if kind.config is not DenseConfig and kind.module.merged_tensors(config) is not None:
+            names.append(kind.name)
+    return names
+
+
+def ffn_option_types() -> dict[str, tuple[type, str]]:
+    """Options of all kinds that can be a first stage: name -> (type, which kinds have it)."""
+    options: dict[str, tuple[type, str]] = {}
+    for name in mergeable_kinds():
+        kind = get_kind(name)
+        hints = get_type_hints(kind.config)
+        for option in dataclasses.fields(kind.config):
+            if option.name in FFNConfig.MODEL_FIELDS:
+                continue
+            plain = plain_type(hints[option.name])
+            owners = f"{options[option.name][1]}, {name}" if option.name in options else name
+            options[option.name] = (plain, owners)
+    return options
+
+
+def plain_type(hint: Any) -> type:
+    """`int` for `int | None`, and so on; `str` for a Literal."""
+    arguments = [a for a in getattr(hint, "__args__", ()) if a is not type(None)]
+    found = arguments[0] if arguments else hint
+    return found if isinstance(found, type) else str
+
+
+def _require(condition: bool, name: str, value: Any, rule: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} is {value}; it {rule}.")
+
+
+# Fields that differ from the defaults above.
+PRESETS: dict[str, dict[str, Any]] = {
+    # Minutes on two cores, on a text that every machine has.
+    "demo": {},
+    # GPT-2 small as it is trained today; some 2.6 thousand million tokens.
+    "gpt2-small": {
+        "data": "",
+        "tokenizer": "gpt2",
+        "vocabulary": 50257,
+        "layers": 12,
+        "d_model": 768,
+        "heads": 12,
+        "sequence": 1024,
+        "steps": 5000,
+        "batch": 512,
+        "micro_batch": 16,
+        "learning_rate": 6e-4,
+        "warmup_steps": 250,
+        "decay": 0.25,
+        "rewarm_steps": 100,
+        "evaluate_every": 250,
+        "checkpoint_every": 500,
+        "log_every": 25,
+    },
+    # FastFFN as published (MindSpore, 2022). It does not state the form of the decay nor the dropout: cosine and
+    # GPT-2's 0.1 are ours. Adam without weight decay is AdamW with weight decay 0.
+    "seed": {
+        "data": "",
+        "tokenizer": "gpt2",
+        "vocabulary": 50257,
+        "layers": 6,
+        "d_model": 768,
+        "heads": 12,
+        "sequence": 1024,
+        "dropout": 0.1,
+        "rank": 8,
+        "start": "normal",
+        "steps": None,
+        "epochs": 1.0,
+        "restart": True,
+        "rewarm_steps": 0,
+        "batch": 16,
+        "learning_rate": 5e-6,
+        "schedule": "cosine",
+        "warmup_steps": 2000,
+        "min_lr_ratio": 0.02,
+        "weight_decay": 0.0,
+        "beta2": 0.999,
+        "clip": 0.0,
+        "evaluate_every": 500,
+        "checkpoint_every": 1000,
+        "log_every": 50,
+    },
+}
+
+
+def get_preset(name: str) -> dict[str, Any]:
+    """All fields of a preset, flat.
+
+    Raises:
+        ConfigError: no preset has that name.
+
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"Unknown preset '{name}'; there are {', '.join(PRESETS)}.{did_you_mean(name, PRESETS)}")
+    defaults = {f.name: f.default for f in dataclasses.fields(PretrainConfig) if f.default is not dataclasses.MISSING}
+    return defaults | PRESETS[name]

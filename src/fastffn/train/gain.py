@@ -1,0 +1,71 @@
+"""What stage 1 can gain on this machine and at this shape: measured in the run's first seconds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from fastffn.convert.fresh import fresh_gpt2, step_bound
+from fastffn.measure.step import compare_steps
+from fastffn.train.config import PretrainConfig
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A dense training step against a factorised one.
+
+    Attributes:
+        dense_seconds, factorised_seconds: medians.
+        batch: sequences in the measured step; fewer than the run's where its own would take long.
+        bound: the ratio that arithmetic allows; free_ffn_bound: that of FFNs that cost nothing.
+        saving: part of the whole run's seconds that a factorised stage 1 saves at the measured ratio.
+
+    """
+
+    dense_seconds: float
+    factorised_seconds: float
+    batch: int
+    bound: float
+    free_ffn_bound: float
+    saving: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster the factorised step is."""
+        return self.dense_seconds / self.factorised_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"ratio": self.ratio}
+
+
+def measure_gain(
+    config: PretrainConfig, vocabulary: int, device: torch.device, autocast: torch.dtype | None, share: float
+) -> Gain:
+    """Times both kinds of step.
+
+    Args:
+        config: the run.
+        vocabulary: number of tokens.
+        device: where it will run.
+        autocast: dtype of its matrix products, None for float32.
+        share: part of the run's steps that are factorised.
+
+    """
+    shape, ffn = config.shape(vocabulary), config.ffn_config()
+    models = {"dense": fresh_gpt2(shape).to(device), "factorised": fresh_gpt2(shape, ffn).to(device)}
+    batch, timings = compare_steps(
+        models,
+        sequence=config.sequence,
+        vocabulary=vocabulary,
+        most=config.micro_batch or config.batch,
+        autocast=autocast,
+        rounds=6,
+        seconds_a_step=1.0,
+    )
+    dense, factorised = timings["dense"].median, timings["factorised"].median
+    bound = step_bound(shape, ffn)
+    saving = share * (1 - factorised / dense)
+    return Gain(dense, factorised, batch, bound.speedup, bound.speedup_of_free_ffn, saving)

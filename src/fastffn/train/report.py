@@ -1,0 +1,206 @@
+"""The report of a run: a table, the time-to-loss ratio, a plot, and what they do not say."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from fastffn.convert.files import write_json, write_text
+
+BASELINES = ("dense", "dense_equal_tokens")
+TWO_STAGE = ("warmup", "stage1", "stage2")
+HEADERS = ("stage", "steps", "tokens", "seconds", "tokens/s", "validation loss", "perplexity")
+
+
+def time_to_loss(stages: dict[str, Any], baseline: str) -> dict[str, Any] | None:
+    """Seconds that the two-stage run needs to reach a dense run's final validation loss, over that run's seconds.
+
+    Counted up to the first validation in the dense stage at or below that loss; merging, loading and re-warming are
+    in it, validations and checkpoints are in neither side.
+
+    Returns:
+        `ratio` (None: not reached), `target`, `seconds` and `dense_seconds`; None without that baseline.
+
+    """
+    if baseline not in stages:
+        return None
+    target, dense_seconds = stages[baseline]["validation_loss"], stages[baseline]["seconds"]
+    reached = next((point for point in stages["stage2"]["curve"] if point["loss"] <= target), None)
+    seconds = reached["seconds"] if reached else None
+    return {
+        "target": target,
+        "seconds": seconds,
+        "dense_seconds": dense_seconds,
+        "ratio": seconds / dense_seconds if seconds is not None else None,
+    }
+
+
+def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The table's rows, one a stage, and one for all of the two-stage run."""
+    stages = results["stages"]
+    table: list[tuple[str, ...]] = []
+    for name, record in stages.items():
+        if name == "merge":
+            table.append(("merge", "", "", f"{record['seconds']:.1f}", "", "", ""))
+            continue
+        table.append(_row(name, record, record["own_seconds"]))
+    parts = [stages[name] for name in TWO_STAGE if name in stages]
+    whole = {
+        "steps": sum(part["steps"] for part in parts),
+        "tokens": sum(part["tokens"] for part in parts),
+        "validation_loss": stages["stage2"]["validation_loss"],
+    }
+    table.append(_row("two-stage in all", whole, stages["stage2"]["seconds"]))
+    return table
+
+
+def _row(name: str, record: dict[str, Any], seconds: float) -> tuple[str, ...]:
+    loss = record["validation_loss"]
+    return (
+        name,
+        str(record["steps"]),
+        f"{record['tokens']:,}",
+        f"{seconds:.1f}",
+        f"{record['tokens'] / max(seconds, 1e-9):,.0f}",
+        f"{loss:.4f}",
+        f"{math.exp(loss):.2f}" if loss < 700 else "inf",
+    )
+
+
+def verdicts(results: dict[str, Any]) -> list[str]:
+    """One sentence for each baseline."""
+    sentences = []
+    names = {"dense": "the dense run", "dense_equal_tokens": "the dense run on as many tokens"}
+    for baseline in BASELINES:
+        found = results["time_to_loss"].get(baseline)
+        if found is None:
+            continue
+        head = f"Time to the final loss of {names[baseline]} ({found['target']:.4f})"
+        if found["ratio"] is None:
+            sentences.append(
+                f"{head}: not reached; the two-stage run ends at {results['stages']['stage2']['validation_loss']:.4f} "
+                f"after {results['stages']['stage2']['seconds']:.1f} s against {found['dense_seconds']:.1f} s."
+            )
+        else:
+            sentences.append(
+                f"{head}: {found['seconds']:.1f} s against {found['dense_seconds']:.1f} s, a ratio of "
+                f"{found['ratio']:.2f}."
+            )
+    return sentences
+
+
+def print_report(results: dict[str, Any], output: Path) -> None:
+    """The table and the verdict, on the screen."""
+    print()
+    print(tabulate(rows(results), headers=HEADERS, colalign=("left",) + ("right",) * 6, disable_numparse=True))
+    print()
+    for sentence in verdicts(results):
+        print(sentence)
+    print(f"\n{results['sample']['prompt']} [...] {results['sample']['continuation']}")
+    print(f"\nReport: {output / 'report.md'}", flush=True)
+
+
+def write_report(output: Path, results: dict[str, Any]) -> None:
+    """Completes `results` and writes `results.json`, `report.md` and `loss_vs_time.png`."""
+    results["time_to_loss"] = {
+        baseline: found for baseline in BASELINES if (found := time_to_loss(results["stages"], baseline))
+    }
+    write_json(output / "results.json", results)
+    plot(results, output / "loss_vs_time.png")
+    config, machine, gain = results["config"], results["machine"], results["gain"]
+    chosen = {name: results["config"][name] for name in ("ffn", "rank", "start") if config.get(name) is not None}
+    lines = [
+        "# Two-stage pre-training",
+        "",
+        f"{config['layers']} layers x {config['d_model']}, sequence {config['sequence']}, "
+        f"{config['batch'] * config['sequence']:,} tokens a step; stage 1: "
+        + ", ".join(f"{name} {value}" for name, value in chosen.items())
+        + f"; peak learning rate {config['learning_rate']:g}, dense "
+        f"{config['dense_learning_rate'] or config['learning_rate']:g}; seed {config['seed']}.",
+        f"Text: {config['data']}, {results['text']['characters']:,} characters, "
+        f"{results['text']['train_tokens']:,} tokens to train on, "
+        f"{results['text']['validation_tokens']:,} to validate.",
+        "",
+        tabulate(
+            rows(results),
+            headers=HEADERS,
+            tablefmt="github",
+            colalign=("left",) + ("right",) * 6,
+            disable_numparse=True,
+        ),
+        "",
+        *verdicts(results),
+        "",
+        f"A training step, measured at the start ({gain['batch']} sequences): dense {gain['dense_seconds']:.3f} s, "
+        f"factorised {gain['factorised_seconds']:.3f} s: {gain['ratio']:.2f} times faster. Arithmetic allows "
+        f"{gain['bound']:.2f}; an FFN that cost nothing would give {gain['free_ffn_bound']:.2f}.",
+        "",
+        "![Validation loss over training seconds](loss_vs_time.png)",
+        "",
+        "Seconds are those of training steps, without validations and checkpoints on either side; merging, loading the "
+        "merged model and re-warming count for the two-stage run. One seed on one machine: a ratio like this wavers by "
+        "several per cent from run to run, and says nothing about larger models or longer runs.",
+        "",
+        "## A sample of the final model",
+        "",
+        "> " + (results["sample"]["prompt"] + " **[...]** " + results["sample"]["continuation"]).replace("\n", "\n> "),
+        "",
+        "## Machine",
+        "",
+        f"{machine['processor']} ({machine['cpu_capability']}), {machine['threads']} threads, accelerator "
+        f"{machine['accelerator'] or 'none'}; Python {machine['python']}; "
+        + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+        + f"; commit {machine['commit'] or 'unknown'}.",
+        "",
+    ]
+    write_text(output / "report.md", "\n".join(lines))
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Validation loss over training seconds, the switch marked."""
+    from matplotlib.figure import Figure
+
+    stages = results["stages"]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    labels = {"dense": "dense", "dense_equal_tokens": "dense, equal tokens"}
+    for baseline, style in zip(BASELINES, ("-", "--"), strict=True):
+        if baseline in stages:
+            _line(axes, stages[baseline]["curve"], labels[baseline], "tab:blue", style)
+            axes.axhline(stages[baseline]["validation_loss"], color="tab:blue", linewidth=0.7, linestyle=":")
+    for name, color, label in (
+        ("warmup", "tab:gray", "two-stage: dense warm-up"),
+        ("stage1", "tab:orange", f"two-stage: stage 1 ({results['config']['ffn']})"),
+        ("stage2", "tab:red", "two-stage: stage 2 (dense)"),
+    ):
+        if name in stages:
+            _line(axes, stages[name]["curve"], label, color, "-")
+    begin, end = stages["stage1"]["seconds"], stages["stage1"]["seconds"] + stages["merge"]["seconds"]
+    axes.axvspan(begin, end, color="tab:green", alpha=0.25)
+    axes.axvline(end, color="tab:green", linewidth=1, label="switch (merge)")
+    for found in results["time_to_loss"].values():
+        if found["seconds"] is not None:
+            axes.plot([found["seconds"]], [found["target"]], "k*", markersize=10)
+    axes.set_xlabel("training time (s)")
+    axes.set_ylabel("validation loss (nats a token)")
+    axes.set_title("Validation loss over training time")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    partial = path.with_name(f".{path.name}.partial.png")
+    figure.savefig(partial, dpi=120)
+    partial.replace(path)
+
+
+def _line(axes: Any, curve: list[dict[str, float]], label: str, color: str, style: str) -> None:
+    axes.plot(
+        [point["seconds"] for point in curve],
+        [point["loss"] for point in curve],
+        style,
+        marker="o",
+        markersize=3,
+        color=color,
+        label=label,
+    )

@@ -1,0 +1,126 @@
+"""The run directory: which run it holds, and what of it is done."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastffn.convert.files import read_json, write_json, write_text
+from fastffn.errors import CheckpointError, ConfigError, OutputError
+from fastffn.train.config import PretrainConfig
+
+CONFIG = "config.yaml"
+STAGE = "stage.json"
+# Everything a run puts into its directory; `--overwrite` removes these and nothing else.
+CONTENTS = (
+    "dense",
+    "dense_equal_tokens",
+    "warmup",
+    "factorised",
+    "stage1",
+    "merged",
+    "stage2",
+    "tokenizer",
+    "results.json",
+    "report.md",
+    "loss_vs_time.png",
+    CONFIG,
+)
+
+
+def open_run(output: Path, config: PretrainConfig, *, overwrite: bool) -> bool:
+    """Claims `output` for the run that `config` describes.
+
+    Returns:
+        Whether it holds an earlier, unfinished or finished attempt at the very same run, which goes on.
+
+    Raises:
+        OutputError: it holds another run, or something that is not a run.
+
+    """
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; name a directory for the run.")
+    there = sorted(path.name for path in output.iterdir()) if output.exists() else []
+    if there and overwrite:
+        foreign = [name for name in there if name not in CONTENTS and ".partial-" not in name]
+        if foreign:
+            raise OutputError(
+                f"{output} holds files that are not a FastFFN run's ({', '.join(foreign[:5])}); nothing was deleted. "
+                "Name another directory."
+            )
+        for name in there:
+            path = output / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        there = []
+    if there:
+        if CONFIG not in there:
+            raise OutputError(f"{output} is not empty and holds no FastFFN run; name another directory.")
+        before = read_config(output / CONFIG)
+        after = config.to_flat()
+        names = [name for name in after if before.get(name) != after[name]]
+        if names:
+            differences = "; ".join(f"{name}: {before.get(name)} there, {after[name]} here" for name in names)
+            raise OutputError(
+                f"{output} holds another run, which differs in {differences}. Name another directory, or pass "
+                "--overwrite to delete that run and start anew."
+            )
+        return True
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / CONFIG, dump_config(config))
+    return False
+
+
+def dump_config(config: PretrainConfig) -> str:
+    """All fields as YAML; `fastffn pretrain --config` reads it."""
+    return yaml.safe_dump(config.to_flat(), sort_keys=False, allow_unicode=True)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The fields in a YAML file.
+
+    Raises:
+        ConfigError: it is no YAML, or not a mapping.
+
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no fields; it should be lines such as 'rank: 64'.")
+    return values
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The newest Trainer checkpoint in a stage's directory, None if there is none."""
+    found = [
+        (int(match[1]), path)
+        for path in (directory.iterdir() if directory.is_dir() else ())
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / "trainer_state.json").is_file()
+    ]
+    return max(found)[1] if found else None
+
+
+def finished_stage(directory: Path) -> dict[str, Any] | None:
+    """What a finished stage recorded, None if it is not finished. It is written last of all."""
+    path = directory / STAGE
+    return read_json(path) if path.is_file() else None
+
+
+def finish_stage(directory: Path, record: dict[str, Any]) -> None:
+    """Marks a stage as finished."""
+    write_json(directory / STAGE, record)
+
+
+def check_loadable(directory: Path) -> None:
+    """Raises CheckpointError, naming the file, if a checkpoint's weights are corrupt or cut short."""
+    from fastffn.convert.safetensors_io import TensorReader
+
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is missing.")
+    read_json(directory / "config.json")
+    TensorReader(directory)
