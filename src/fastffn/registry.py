@@ -52,7 +52,6 @@ def get_kind(name: str) -> Kind:
 
     Raises:
         KindError: no kind has that name.
-
     """
     known = kinds()
     if name not in known:
@@ -65,7 +64,6 @@ def kind_of(config: FFNConfig) -> Kind:
 
     Raises:
         KindError: the configuration's class belongs to no registered kind.
-
     """
     for kind in kinds().values():
         if type(config) is kind.config:

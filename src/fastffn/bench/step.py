@@ -46,7 +46,6 @@ def bench_step(
 
     Raises:
         MeasurementError: the factorised model does not compute what its merged form computes.
-
     """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or torch.device("cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import textwrap
 from typing import Any
@@ -54,6 +55,11 @@ def cli() -> None:
 
 def run() -> None:
     """Runs the command line; an error of ours becomes one paragraph and its exit code."""
+    # Libraries leave the screen to us: no notices below errors, and bars only on a terminal.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         cli()
     except FastFFNError as error:

@@ -22,7 +22,6 @@ class LayerReport:
         path: where it is in the model.
         kind: what it is now, `left as it was` where a filter excluded it.
         parameters_before, parameters_after: number of its parameters.
-
     """
 
     path: str
@@ -68,7 +67,6 @@ def convert(model: nn.Module, config: FFNConfig, *, filter: Callable[[str], bool
         ConfigError: the configuration does not fit the model's widths.
 
     The model then saves and loads as an ordinary checkpoint (`import fastffn.hf` before `from_pretrained`).
-
     """
     from fastffn.convert import io
 
@@ -116,7 +114,6 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         ConversionError: there is nothing to merge.
         KindError: a kind has no dense equivalent.
-
     """
     from fastffn.convert import io
 

@@ -32,7 +32,6 @@ class MergedCheckpoint:
         layers: paths of the FFNs that became dense.
         parameters_before, parameters_after: of the whole model.
         same_tensors: new name -> old name of every tensor that is the same one as before (biases, attention, ...).
-
     """
 
     layers: tuple[str, ...]
@@ -46,7 +45,6 @@ def skeleton(config_json: dict[str, Any], where: str) -> torch.nn.Module:
 
     Raises:
         CheckpointError: transformers does not know the architecture.
-
     """
     import transformers
 
@@ -73,7 +71,6 @@ def merge_checkpoint(source: Path, target: Path, *, max_shard_bytes: int = 50_00
         CheckpointError: `source` is missing, corrupt, or holds no factors.
         KindError: a kind in it has no dense equivalent.
         OutputError: `target` exists already.
-
     """
     source, target = Path(source), Path(target)
     if not source.is_dir():
@@ -88,7 +85,7 @@ def merge_checkpoint(source: Path, target: Path, *, max_shard_bytes: int = 50_00
     recipe: dict[str, tuple[MergedTensor, match.ModelTensor]] = {}
     layers = []
     for path, ffn in match.family_ffns(model, family):
-        config = described.config_for(path)
+        config = described.config_for(path, model)
         if config is None:
             continue
         kind = kind_of(config)

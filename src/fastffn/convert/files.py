@@ -20,7 +20,6 @@ def new_directory(target: Path) -> Iterator[Path]:
 
     Raises:
         OutputError: `target` exists already and is not an empty directory.
-
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise OutputError(f"{target} exists already; name a new directory, or remove that one.")
@@ -58,7 +57,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: the file is missing, or is not a JSON object.
-
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -63,7 +63,6 @@ def fresh_gpt2(shape: GPT2Shape, ffn: FFNConfig | None = None, *, seed: int = 0,
 
     Returns:
         A `transformers.GPT2LMHeadModel`.
-
     """
     from transformers import GPT2LMHeadModel, set_seed
 

@@ -63,7 +63,6 @@ class FastFFNConfig(QuantizationConfigMixin):
 
     Raises:
         CheckpointError: the checkpoint's format is newer than this FastFFN.
-
     """
 
     def __init__(
@@ -89,10 +88,16 @@ class FastFFNConfig(QuantizationConfigMixin):
             if values is not None:
                 undescribe(values)
 
-    def config_for(self, path: str) -> FFNConfig | None:
-        """The configuration of the FFN at `path`, None if it stays as the model has it."""
-        values = self.layers.get(path, self.ffn)
+    def config_for(self, path: str, model: nn.Module) -> FFNConfig | None:
+        """The configuration of the FFN at `path` of `model`, None if it stays as the model has it."""
+        layers = {relative_path(name, model): values for name, values in self.layers.items()}
+        values = layers.get(relative_path(path, model), self.ffn)
         return None if values is None else undescribe(values)
+
+
+def relative_path(path: str, model: nn.Module) -> str:
+    """A path without the model's prefix: what `GPT2LMHeadModel` calls `transformer.h.0` is `h.0` to `GPT2Model`."""
+    return path.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
 
 
 @register_quantizer(QUANT_METHOD)
@@ -106,15 +111,16 @@ class FastFFNQuantizer(HfQuantizer):
             return model
         family = match.family_of(model.config)
         paths = [path for path, _ in match.family_ffns(model, family)]
-        unknown = set(self.quantization_config.layers) - set(paths)
+        known = {relative_path(path, model) for path in paths}
+        unknown = [path for path in self.quantization_config.layers if relative_path(path, model) not in known]
         if unknown:
             raise CheckpointError(
-                f"config.json describes FFNs that the model does not have: {', '.join(sorted(unknown))}. "
+                f"config.json describes FFNs that the model does not have: {', '.join(unknown)}. "
                 f"It has {', '.join(paths)}."
             )
         decoys = [re.escape(REMEDY_TENSOR)]
         for path, ffn in list(match.family_ffns(model, family)):
-            config = self.quantization_config.config_for(path)
+            config = self.quantization_config.config_for(path, model)
             if config is None:
                 continue
             kind = kind_of(config)
@@ -125,7 +131,8 @@ class FastFFNQuantizer(HfQuantizer):
             new.to(next(ffn.parameters()).dtype)
             match.replace_module(model, path, new)
             # The dense tensors' names are in the file only to stop those who did not import this.
-            decoys += [re.escape(f"{path}.{where.name}") + "$" for where in family.tensors.values()]
+            stem = re.escape(relative_path(path, model))
+            decoys += [rf"(^|\.){stem}\.{re.escape(where.name)}$" for where in family.tensors.values()]
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
         model._keys_to_ignore_on_load_unexpected = set(ignored) | set(decoys)  # type: ignore[assignment]
         return model
@@ -170,7 +177,7 @@ class FastFFNQuantizer(HfQuantizer):
 def _convert_as_described(model: nn.Module, described: FastFFNConfig) -> None:
     family = match.family_of(model.config)
     for path, ffn in list(match.family_ffns(model, family)):
-        config = described.config_for(path)
+        config = described.config_for(path, model)
         if config is not None:
             dense = family.to_dense(ffn, model.config)
             match.replace_module(model, path, kind_of(config).module.from_dense(dense, config))
@@ -207,7 +214,6 @@ def described_in(config_json: dict[str, Any], where: str) -> FastFFNConfig:
 
     Raises:
         CheckpointError: it describes none.
-
     """
     values = config_json.get("quantization_config")
     if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:

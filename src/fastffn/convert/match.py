@@ -30,7 +30,6 @@ class Family:
         model_types: values of `config.model_type` that belong to the family.
         ffn_class: name of the class of its FFN modules.
         tensors: for each tensor of the dense kind, where the family keeps it.
-
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -74,7 +73,6 @@ def family_of(model_config: Any) -> Family:
 
     Raises:
         ConversionError: the model has no configuration, or its type belongs to no known family.
-
     """
     from fastffn.convert.families import families
 

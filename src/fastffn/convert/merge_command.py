@@ -26,7 +26,6 @@ def merge_and_compare(source: Path, target: Path, *, check: bool = True) -> dict
 
     Raises:
         CheckpointError: the merged model is not the same function; `target` is not created then.
-
     """
     with new_directory(target) as partial:
         merged = asdict(merge_checkpoint(source, partial))

@@ -41,7 +41,6 @@ class TensorReader:
 
     Raises:
         CheckpointError: the directory holds no safetensors, or one of the files is corrupt or missing.
-
     """
 
     def __init__(self, directory: Path) -> None:
@@ -78,7 +77,6 @@ class TensorReader:
 
         Raises:
             CheckpointError: there is no such tensor.
-
         """
         if name not in self._dtype_and_shape:
             raise CheckpointError(f"The tensor '{name}' is missing; the checkpoint is not complete.")

@@ -26,7 +26,6 @@ class TokenBlocks:
     Attributes:
         train, validation: data sets with a column `input_ids` of `block` tokens.
         train_characters, validation_characters: of the text that they came from.
-
     """
 
     train: Any
@@ -56,7 +55,6 @@ def token_blocks(
 
     Raises:
         DataError: there is no text, or too little for one block of each.
-
     """
     source = find_text(data, column=column)
     if validation is not None:

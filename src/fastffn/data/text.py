@@ -33,7 +33,6 @@ class TextSource:
         split: the split of a data set.
         column: the column of a data set that holds the text.
         identity: text that differs whenever what is read may differ.
-
     """
 
     data: str
@@ -48,7 +47,6 @@ class TextSource:
 
         Raises:
             DataError: a file is not UTF-8 or cannot be read, or a data set has no such column.
-
         """
         if self.kind == "python-docs":
             yield from (Piece(text, True) for text in python_docs())
@@ -80,7 +78,6 @@ def find_text(data: str, *, split: str | None = None, column: str = "text") -> T
 
     Raises:
         DataError: nothing is there, it cannot be read, or it is empty.
-
     """
     if data == PYTHON_DOCS:
         identity = f"python {platform.python_version()} {platform.python_implementation()}"

@@ -22,7 +22,6 @@ def training_size(spec: str) -> int | None:
 
     Raises:
         ConfigError: N is not a whole number of at least 257 (all bytes and the end of text).
-
     """
     if not spec.startswith("train:"):
         return None
@@ -39,7 +38,6 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
 
     Raises:
         DataError: there is none, it has no fast version, or no token for the end of a text.
-
     """
     from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 

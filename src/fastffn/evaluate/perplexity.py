@@ -58,7 +58,6 @@ def evaluate_perplexity(
         CheckpointError: the model is missing or corrupt.
         DataError: there is no text, or the tokenizer is not the model's.
         ConfigError: context or stride are out of range.
-
     """
     import transformers
 

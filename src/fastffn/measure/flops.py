@@ -21,7 +21,6 @@ def count_flops(run: Callable[[], object], *, causal: bool = True) -> int:
     Args:
         run: executes once; tensors on device "meta" make it free.
         causal: whether the batched products are causal attention, of which half is needed.
-
     """
     counter = FlopCounterMode(display=False)
     with counter:
@@ -50,7 +49,6 @@ class StepBound:
 
     Attributes:
         dense: FLOPs of a dense training step; factorised: of a factorised one; without_ffn: of one without FFNs.
-
     """
 
     dense: int

@@ -7,6 +7,7 @@ import torch
 from fastffn.errors import MeasurementError
 
 
+@torch.no_grad()
 def gate(name: str, result: torch.Tensor, same_dtype: torch.Tensor, exact: torch.Tensor, *, floor: float) -> float:
     """Checks `result` against an exact value, by the measure of what its dtype can do.
 
@@ -25,7 +26,6 @@ def gate(name: str, result: torch.Tensor, same_dtype: torch.Tensor, exact: torch
 
     Raises:
         MeasurementError: the shapes differ, something is not finite, or the error is too large.
-
     """
     if result.shape != exact.shape:
         raise MeasurementError(f"{name}: shape {list(result.shape)} instead of {list(exact.shape)}.")

@@ -18,7 +18,6 @@ def training_step(model: nn.Module, ids: torch.Tensor, autocast: torch.dtype | N
         model: a causal language model of transformers, on the device of `ids`.
         ids: random token numbers.
         autocast: dtype of the matrix products; None: that of the parameters.
-
     """
     model.train()
     # A rate this small keeps the weights, and with them the arithmetic, what they were.
@@ -63,7 +62,6 @@ def compare_steps(
 
     Returns:
         The number of sequences in the timed step, and the timings.
-
     """
     device = next(next(iter(models.values())).parameters()).device
 

@@ -18,7 +18,6 @@ class Timing:
         median: the middle one.
         low, high: the quartiles: how much this machine wavers.
         calls: how many were timed.
-
     """
 
     median: float
@@ -49,7 +48,6 @@ def alternate(
 
     Returns:
         A `Timing` for each name.
-
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)

@@ -48,7 +48,6 @@ def get_activation(name: str) -> Activation:
 
     Raises:
         ConfigError: no activation has that name.
-
     """
     if name not in ACTIVATIONS:
         raise ConfigError(

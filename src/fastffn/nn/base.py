@@ -34,7 +34,6 @@ class FFNConfig:
         d_out: width O of the output; None means D.
         activation: a name from transformers' ACT2FN. `gelu` is the erf form, `gelu_new` the tanh form.
         dropout: probability with which an output element is dropped in training.
-
     """
 
     d_model: int | None = None
@@ -62,7 +61,6 @@ class FFNConfig:
 
         Raises:
             ConfigError: `d_model` is missing, or a field does not fit the widths.
-
         """
         if self.d_model is None:
             raise ConfigError(
@@ -81,7 +79,6 @@ class FFNConfig:
 
         Raises:
             ConfigError: a field is unknown.
-
         """
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
@@ -113,7 +110,6 @@ class FFN(nn.Module, Generic[C]):
 
     Attributes:
         config: the resolved configuration, every width known.
-
     """
 
     config: C
@@ -141,7 +137,6 @@ class FFN(nn.Module, Generic[C]):
 
         Raises:
             KindError: this kind has no dense equivalent.
-
         """
         from fastffn.nn.dense import DenseConfig, DenseFFN
 

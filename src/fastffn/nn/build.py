@@ -22,7 +22,6 @@ def build(config: FFNConfig | str, **fields: Any) -> FFN[Any]:
     Raises:
         KindError: no kind has that name.
         ConfigError: a field is unknown or out of range, or `d_model` is missing.
-
     """
     if isinstance(config, str):
         config = get_kind(config).config.from_dict(fields)

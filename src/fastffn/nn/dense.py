@@ -25,7 +25,6 @@ class DenseConfig(FFNConfig):
         d_hidden: width H between the two linear maps; None means 4 D.
         bias: whether the linear maps have biases.
         gated: whether a third map `gate` multiplies the hidden activations, as in Llama.
-
     """
 
     d_hidden: int | None = None
@@ -91,7 +90,6 @@ class DenseFFN(LinearMapFFN[DenseConfig]):
     Raises:
         ShapeError: the last axis of `x` is not D.
     Cost: `H (D + O)` multiply-adds a token, gated `H (2 D + O)`.
-
     """
 
     def linear_map(self, d_in: int, d_out: int) -> nn.Module:

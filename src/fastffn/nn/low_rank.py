@@ -29,7 +29,6 @@ class LowRankConfig(DenseConfig):
         start: `spectral` (truncated SVD of a dense start, singular values split evenly between the factors) or
             `normal` (random factors whose product has the variance of the dense weights).
         rescale: whether a spectral start is scaled up to the Frobenius norm of the dense weights.
-
     """
 
     rank: int | None = None
@@ -112,7 +111,6 @@ class LowRankFFN(LinearMapFFN[LowRankConfig]):
         ShapeError: the last axis of `x` is not D.
     Cost: `r (D + 2 H + O)` multiply-adds a token; the dense FFN costs `H (D + O)`.
     Reference: FastFFN, stage 1 (MindSpore research code, 2022).
-
     """
 
     def __init__(self, config: LowRankConfig) -> None:

@@ -171,7 +171,6 @@ class PretrainConfig:
         Raises:
             KindError: the kind is unknown.
             ConfigError: it cannot be merged, or an option is unknown or does not fit.
-
         """
         kind = get_kind(self.ffn)
         mergeable = mergeable_kinds()
@@ -205,7 +204,6 @@ class PretrainConfig:
 
         Raises:
             ConfigError: a field is unknown or out of range.
-
         """
         own = {f.name for f in dataclasses.fields(cls)} - {"ffn_options"}
         options = ffn_option_types()
@@ -314,7 +312,6 @@ def get_preset(name: str) -> dict[str, Any]:
 
     Raises:
         ConfigError: no preset has that name.
-
     """
     if name not in PRESETS:
         raise ConfigError(f"Unknown preset '{name}'; there are {', '.join(PRESETS)}.{did_you_mean(name, PRESETS)}")

@@ -21,7 +21,6 @@ class Gain:
         batch: sequences in the measured step; fewer than the run's where its own would take long.
         bound: the ratio that arithmetic allows; free_ffn_bound: that of FFNs that cost nothing.
         saving: part of the whole run's seconds that a factorised stage 1 saves at the measured ratio.
-
     """
 
     dense_seconds: float
@@ -52,7 +51,6 @@ def measure_gain(
         device: where it will run.
         autocast: dtype of its matrix products, None for float32.
         share: part of the run's steps that are factorised.
-
     """
     shape, ffn = config.shape(vocabulary), config.ffn_config()
     models = {"dense": fresh_gpt2(shape).to(device), "factorised": fresh_gpt2(shape, ffn).to(device)}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +40,21 @@ def pretrain(config: PretrainConfig, output: Path, *, overwrite: bool = False) -
         OutputError: `output` holds another run.
         DataError: no text, or too little.
         TrainingDivergedError: the loss is no longer a number.
-
     """
     if not config.data:
         raise ConfigError("data is missing; this preset has no text of its own. Name a text with --data.")
     output = Path(output)
-    with _quiet():
-        # Before the directory is claimed: what is wrong with the text should leave nothing behind.
-        find_text(config.data, column=config.text_column)
-        resumed = rundir.open_run(output, config, overwrite=overwrite)
-        if (output / "results.json").is_file():
-            _say(f"{output} holds this run already, complete.")
-            results = read_json(output / "results.json")
-            print_report(results, output)
-            return results
-        if resumed:
-            _say(f"{output} holds this run already; going on from what is complete.")
-        return _Run(config, output).results()
+    # Before the directory is claimed: what is wrong with the text should leave nothing behind.
+    find_text(config.data, column=config.text_column)
+    resumed = rundir.open_run(output, config, overwrite=overwrite)
+    if (output / "results.json").is_file():
+        _say(f"{output} holds this run already, complete.")
+        results = read_json(output / "results.json")
+        print_report(results, output)
+        return results
+    if resumed:
+        _say(f"{output} holds this run already; going on from what is complete.")
+    return _Run(config, output).results()
 
 
 class _Run:
@@ -324,7 +320,6 @@ class _Run:
             model: directory of the model it starts from, None for fresh weights.
             seconds: of training before it.
             carry: whether `model` also holds optimizer, schedule and step count to go on with.
-
         """
         directory = self.output / stage.name
         record = rundir.finished_stage(directory)
@@ -434,22 +429,3 @@ def _accelerator_has_bf16() -> bool:
 
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Leaves the screen to us: no messages below errors, and bars only on a terminal."""
-    import datasets
-    import transformers
-
-    level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        transformers.utils.logging.set_verbosity(level)
-        transformers.utils.logging.enable_progress_bar()
-        datasets.enable_progress_bars()

@@ -23,7 +23,6 @@ def time_to_loss(stages: dict[str, Any], baseline: str) -> dict[str, Any] | None
 
     Returns:
         `ratio` (None: not reached), `target`, `seconds` and `dense_seconds`; None without that baseline.
-
     """
     if baseline not in stages:
         return None

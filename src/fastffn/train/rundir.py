@@ -40,7 +40,6 @@ def open_run(output: Path, config: PretrainConfig, *, overwrite: bool) -> bool:
 
     Raises:
         OutputError: it holds another run, or something that is not a run.
-
     """
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file; name a directory for the run.")
@@ -84,7 +83,6 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: it is no YAML, or not a mapping.
-
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))

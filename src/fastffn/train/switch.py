@@ -37,7 +37,6 @@ def merge_stage(source: Path, target: Path, make_trainer: Callable[[Path], Stage
 
     Returns:
         Number of layers and parameters, for the report.
-
     """
     with new_directory(target) as partial:
         merged = merge_checkpoint(source, partial)

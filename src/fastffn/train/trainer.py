@@ -48,7 +48,6 @@ class Stage:
         learning_rate, switched_learning_rate: peak rates of groups 0 and 1, and of group 2.
         rewarm_steps: steps from `begin` over which group 2's rate rises to the schedule; 0 for none.
         data_seed: seed of the order of the data.
-
     """
 
     name: str
@@ -105,7 +104,6 @@ class Clock(TrainerCallback):
 
     Attributes:
         seconds: so far, earlier stages and what came before a resumption included.
-
     """
 
     def __init__(self, seconds: float, running_since: float | None) -> None:
@@ -230,7 +228,6 @@ class StageTrainer(Trainer):
         stage: which.
         clock: counts the seconds; its value goes into every log entry as `train_seconds`.
         frobenius: decay the product of the factors, where the kind knows how.
-
     """
 
     def __init__(self, *, stage: Stage, clock: Clock, frobenius: bool, tokens_per_step: int, **kwargs: Any) -> None:
