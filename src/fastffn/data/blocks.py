@@ -104,20 +104,22 @@ def _cached_blocks(
             "characters": datasets.Value("int64"),
         }
     )
+    what: dict[str, Any] = {
+        "source": asdict(source),
+        "tokenizer_json": tokenizer.backend_tokenizer.to_str(),
+        "end_of_text": tokenizer.eos_token_id,
+        "block": block,
+        "every": every,
+        "held_out": held_out,
+        "layout": LAYOUT_VERSION,
+    }
     try:
-        return datasets.Dataset.from_generator(
-            _generate,
-            features=features,
-            gen_kwargs={
-                "source": asdict(source),
-                "tokenizer_json": tokenizer.backend_tokenizer.to_str(),
-                "end_of_text": tokenizer.eos_token_id,
-                "block": block,
-                "every": every,
-                "held_out": held_out,
-                "layout": LAYOUT_VERSION,
-            },
-        )
+        return datasets.Dataset.from_generator(_generate, features=features, gen_kwargs=what)
+    except ValueError:
+        # datasets has no data sets of no rows.
+        if next(_generate(**what), None) is None:
+            return datasets.Dataset.from_dict({name: [] for name in features}, features=features)
+        raise
     except datasets.exceptions.DatasetGenerationError as error:
         # datasets wraps what the generator raised; the user wants the cause.
         if isinstance(error.__cause__, DataError):
