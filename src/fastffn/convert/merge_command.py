@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,12 @@ def merge_and_compare(source: Path, target: Path, *, check: bool = True) -> dict
         CheckpointError: the merged model is not the same function; `target` is not created then.
     """
     with new_directory(target) as partial:
-        merged = asdict(merge_checkpoint(source, partial))
-        del merged["same_tensors"]
+        report = merge_checkpoint(source, partial)
+        merged: dict[str, Any] = {
+            "layers": list(report.layers),
+            "parameters_before": report.parameters_before,
+            "parameters_after": report.parameters_after,
+        }
         if check:
             before, after = logits_on_random_tokens(source), logits_on_random_tokens(partial)
             difference = float((before - after).abs().max())

@@ -286,6 +286,7 @@ class _Run:
             prediction_loss_only=True,
             dataloader_drop_last=True,
             dataloader_pin_memory=torch.accelerator.is_available(),
+            use_cpu=not torch.accelerator.is_available(),  # without it bf16 is refused on a CPU
             report_to=["tensorboard"],
             disable_tqdm=True,
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,11 @@ def merge_stage(source: Path, target: Path, make_trainer: Callable[[Path], Stage
         merged = merge_checkpoint(source, partial)
         if make_trainer is not None:
             _carry_over(source, partial, make_trainer(partial), merged.same_tensors)
-    return {k: v for k, v in asdict(merged).items() if k != "same_tensors"}
+    return {
+        "layers": list(merged.layers),
+        "parameters_before": merged.parameters_before,
+        "parameters_after": merged.parameters_after,
+    }
 
 
 def factorise_stage(

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from fastffn.errors import ConfigError, FastFFNError
+from fastffn.train.config import PRESETS, PretrainConfig, ffn_option_types, get_preset, mergeable_kinds
+from fastffn.train.rundir import dump_config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_survive_yaml(name) -> None:
+    config = PretrainConfig.from_flat(get_preset(name))
+    assert PretrainConfig.from_flat(yaml.safe_load(dump_config(config))) == config
+
+
+def test_the_published_set_up() -> None:
+    config = PretrainConfig.from_flat(get_preset("seed"))
+    assert (config.layers, config.d_model, config.heads, config.sequence) == (6, 768, 12, 1024)
+    assert (config.vocabulary, config.batch, config.warmup_steps) == (50257, 16, 2000)
+    assert (config.learning_rate, config.learning_rate * config.min_lr_ratio) == (5e-6, pytest.approx(1e-7))
+    assert (config.epochs, config.steps, config.restart) == (1.0, None, True)
+    # Adam is AdamW without weight decay.
+    assert config.weight_decay == 0
+    ffn = config.ffn_config()
+    assert (ffn.rank, ffn.start) == (8, "normal")
+
+
+def test_gpt2_small() -> None:
+    config = PretrainConfig.from_flat(get_preset("gpt2-small"))
+    assert (config.layers, config.d_model, config.learning_rate) == (12, 768, 6e-4)
+    assert (config.beta1, config.beta2, config.weight_decay, config.clip) == (0.9, 0.95, 0.1, 1.0)
+    assert (config.schedule, config.precision, config.compile) == ("wsd", "auto", False)
+
+
+def test_options_come_from_the_registry() -> None:
+    assert mergeable_kinds() == ["low_rank"]
+    assert set(ffn_option_types()) == {"rank", "start", "rescale"}
+    config = PretrainConfig.from_flat({"rank": 7, "start": "normal"})
+    assert config.ffn_options == {"rank": 7, "start": "normal"}
+    assert config.to_flat()["rank"] == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"rank": -1}, "rank is -1"),
+        ({"rank": 257}, r"min\(in, out\) = 256"),
+        ({"rank": 33, "d_hidden": 32}, r"min\(in, out\) = 32"),
+        ({"heads": 7}, "heads is 7, which does not divide d_model 256; the nearest that does is 8"),
+        ({"ffn": "dense"}, "low_rank"),
+        ({"ffn": "low-rank"}, "Did you mean 'low_rank'"),
+        ({"learnng_rate": 1}, "Did you mean 'learning_rate'"),
+        ({"batch": 6, "micro_batch": 4}, "does not divide"),
+        ({"switch": 1.0}, "switch is 1.0"),
+        ({"dense_warmup": 0.7}, "below switch"),
+        ({"decay": 0.5}, r"at most 1 - switch = 0.4"),
+        ({"schedule": "cosine"}, "dense one only"),
+        ({"epochs": 1.0}, "one of the two"),
+        ({"steps": None}, "one of the two"),
+        ({"steps": 0}, "steps is 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"validation_fraction": 0.0}, "validation_fraction is 0.0"),
+        ({"tokenizer": "train:10"}, "at least 257"),
+        ({"activation": "gelo"}, "Did you mean 'gelu'"),
+        ({"optimizer": "sgd"}, "AdamW"),
+        ({"restart": True, "dense_warmup": 0.1}, "exclude each other"),
+        ({"precision": "fp8"}, "precision is 'fp8'"),
+    ],
+    ids=str,
+)
+def test_bad_values(change, words) -> None:
+    with pytest.raises(FastFFNError, match=words):
+        PretrainConfig.from_flat(get_preset("demo") | change)
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'gpt2-small'"):
+        get_preset("gpt2small")

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+
+from fastffn.errors import CheckpointError, ConfigError, OutputError
+from fastffn.train import rundir
+from fastffn.train.config import PretrainConfig
+
+CONFIG = PretrainConfig()
+
+
+def test_a_new_directory(tmp_path) -> None:
+    assert rundir.open_run(tmp_path / "a" / "b", CONFIG, overwrite=False) is False
+    assert PretrainConfig.from_flat(rundir.read_config(tmp_path / "a" / "b" / "config.yaml")) == CONFIG
+
+
+def test_the_same_run_goes_on(tmp_path) -> None:
+    rundir.open_run(tmp_path, CONFIG, overwrite=False)
+    assert rundir.open_run(tmp_path, CONFIG, overwrite=False) is True
+
+
+def test_another_run_is_refused_and_named(tmp_path) -> None:
+    rundir.open_run(tmp_path, CONFIG, overwrite=False)
+    (tmp_path / "dense").mkdir()
+    other = PretrainConfig(seed=5, ffn_options={"rank": 3})
+    with pytest.raises(OutputError, match=r"rank: None there, 3 here") as caught:
+        rundir.open_run(tmp_path, other, overwrite=False)
+    assert "seed: 0 there, 5 here" in str(caught.value)
+    assert "batch" not in str(caught.value)
+    assert (tmp_path / "dense").is_dir()
+    assert rundir.open_run(tmp_path, other, overwrite=True) is False
+    assert not (tmp_path / "dense").exists()
+
+
+def test_files_of_others_are_never_deleted(tmp_path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError):
+            rundir.open_run(tmp_path, CONFIG, overwrite=overwrite)
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="is a file"):
+        rundir.open_run(tmp_path / "file", CONFIG, overwrite=True)
+
+
+def test_the_last_complete_checkpoint(tmp_path) -> None:
+    assert rundir.last_checkpoint(tmp_path / "nothing") is None
+    for number in (5, 40, 100, 200):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        if number != 200:
+            (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text("{}")
+    assert rundir.last_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+
+
+def test_damaged_files_are_named(tmp_path) -> None:
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        rundir.read_config(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text("just words")
+    with pytest.raises(ConfigError, match="holds no fields"):
+        rundir.read_config(tmp_path / "config.yaml")
+    (tmp_path / "stage.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"stage\.json"):
+        rundir.finished_stage(tmp_path)
