@@ -10,25 +10,29 @@ CONFIG = PretrainConfig()
 
 
 def test_a_new_directory(tmp_path) -> None:
-    assert rundir.open_run(tmp_path / "a" / "b", CONFIG, overwrite=False) is False
+    assert rundir.check_run(tmp_path / "a" / "b", CONFIG, overwrite=False) is False
+    assert not (tmp_path / "a").exists()
+    rundir.claim_run(tmp_path / "a" / "b", CONFIG)
     assert PretrainConfig.from_flat(rundir.read_config(tmp_path / "a" / "b" / "config.yaml")) == CONFIG
 
 
 def test_the_same_run_goes_on(tmp_path) -> None:
-    rundir.open_run(tmp_path, CONFIG, overwrite=False)
-    assert rundir.open_run(tmp_path, CONFIG, overwrite=False) is True
+    rundir.claim_run(tmp_path, CONFIG)
+    assert rundir.check_run(tmp_path, CONFIG, overwrite=False) is True
 
 
 def test_another_run_is_refused_and_named(tmp_path) -> None:
-    rundir.open_run(tmp_path, CONFIG, overwrite=False)
+    rundir.claim_run(tmp_path, CONFIG)
     (tmp_path / "dense").mkdir()
     other = PretrainConfig(seed=5, ffn_options={"rank": 3})
     with pytest.raises(OutputError, match=r"rank: None there, 3 here") as caught:
-        rundir.open_run(tmp_path, other, overwrite=False)
+        rundir.check_run(tmp_path, other, overwrite=False)
     assert "seed: 0 there, 5 here" in str(caught.value)
     assert "batch" not in str(caught.value)
     assert (tmp_path / "dense").is_dir()
-    assert rundir.open_run(tmp_path, other, overwrite=True) is False
+    assert rundir.check_run(tmp_path, other, overwrite=True) is False
+    assert (tmp_path / "dense").is_dir()  # until the new run is sure to start
+    rundir.claim_run(tmp_path, other)
     assert not (tmp_path / "dense").exists()
 
 
@@ -36,11 +40,11 @@ def test_files_of_others_are_never_deleted(tmp_path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     for overwrite in (False, True):
         with pytest.raises(OutputError):
-            rundir.open_run(tmp_path, CONFIG, overwrite=overwrite)
+            rundir.check_run(tmp_path, CONFIG, overwrite=overwrite)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="is a file"):
-        rundir.open_run(tmp_path / "file", CONFIG, overwrite=True)
+        rundir.check_run(tmp_path / "file", CONFIG, overwrite=True)
 
 
 def test_the_last_complete_checkpoint(tmp_path) -> None:

@@ -115,8 +115,6 @@ def merge(model: nn.Module) -> nn.Module:
         ConversionError: there is nothing to merge.
         KindError: a kind has no dense equivalent.
     """
-    from fastffn.convert import io
-
     modules = list(match.fastffn_modules(model))
     if not modules:
         raise ConversionError(f"Nothing to merge: {type(model).__name__} holds no FastFFN module.")
@@ -129,5 +127,7 @@ def merge(model: nn.Module) -> nn.Module:
         own = match.family_of(model_config).from_dense(dense, model_config) if has_family else dense
         match.replace_module(model, path, own)
     if has_family:
+        from fastffn.convert import io
+
         io.detach(model)
     return model

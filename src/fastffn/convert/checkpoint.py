@@ -39,6 +39,14 @@ class MergedCheckpoint:
     parameters_after: int
     same_tensors: dict[str, str]
 
+    def summary(self) -> dict[str, Any]:
+        """Layers and parameters, for JSON."""
+        return {
+            "layers": list(self.layers),
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+        }
+
 
 def skeleton(config_json: dict[str, Any], where: str) -> torch.nn.Module:
     """The dense model that a `config.json` describes, without weights.

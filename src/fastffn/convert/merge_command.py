@@ -27,12 +27,7 @@ def merge_and_compare(source: Path, target: Path, *, check: bool = True) -> dict
         CheckpointError: the merged model is not the same function; `target` is not created then.
     """
     with new_directory(target) as partial:
-        report = merge_checkpoint(source, partial)
-        merged: dict[str, Any] = {
-            "layers": list(report.layers),
-            "parameters_before": report.parameters_before,
-            "parameters_after": report.parameters_after,
-        }
+        merged = merge_checkpoint(source, partial).summary()
         if check:
             before, after = logits_on_random_tokens(source), logits_on_random_tokens(partial)
             difference = float((before - after).abs().max())

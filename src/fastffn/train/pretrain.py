@@ -44,37 +44,41 @@ def pretrain(config: PretrainConfig, output: Path, *, overwrite: bool = False) -
     if not config.data:
         raise ConfigError("data is missing; this preset has no text of its own. Name a text with --data.")
     output = Path(output)
-    # Before the directory is claimed: what is wrong with the text should leave nothing behind.
-    find_text(config.data, column=config.text_column)
-    resumed = rundir.open_run(output, config, overwrite=overwrite)
-    if (output / "results.json").is_file():
+    resumed = rundir.check_run(output, config, overwrite=overwrite)
+    if resumed and (output / "results.json").is_file():
         _say(f"{output} holds this run already, complete.")
         results = read_json(output / "results.json")
         print_report(results, output)
         return results
     if resumed:
         _say(f"{output} holds this run already; going on from what is complete.")
-    return _Run(config, output).results()
+    # Text first: what is wrong with it should neither delete another run nor leave a half one behind.
+    run = _Run(config, output, resumed=resumed)
+    if not resumed:
+        rundir.claim_run(output, config)
+    run.tokenizer.save_pretrained(output / "tokenizer")
+    return run.results()
 
 
 class _Run:
     """One run: the text, and one method for each thing that happens to it."""
 
-    def __init__(self, config: PretrainConfig, output: Path) -> None:
+    def __init__(self, config: PretrainConfig, output: Path, *, resumed: bool = False) -> None:
         self.config = config
         self.output = output
-        self.tokenizer = self._tokenizer()
+        self.tokenizer = self._tokenizer(resumed)
         self.blocks = self._blocks()
         self.steps = self._steps()
+        self.stages()  # whether the steps suffice for all of them
         arguments = self._arguments(Path(output / "stage1"))
         self.device: torch.device = arguments.device
         self.autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
 
     # -- text ------------------------------------------------------------------------------------------------------
 
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self, resumed: bool) -> Any:
         config, saved = self.config, self.output / "tokenizer"
-        if (saved / "tokenizer.json").is_file():
+        if resumed and (saved / "tokenizer.json").is_file():
             tokenizer = load_tokenizer(str(saved))
         else:
             size = training_size(config.tokenizer)
@@ -83,7 +87,6 @@ class _Run:
             else:
                 source = find_text(config.data, column=config.text_column)
                 tokenizer = train_tokenizer(source, size, progress=sys.stderr.isatty())
-            tokenizer.save_pretrained(saved)
         if config.vocabulary is not None and len(tokenizer) != config.vocabulary:
             raise DataError(
                 f"The tokenizer '{config.tokenizer}' has {len(tokenizer)} tokens, but vocabulary is "

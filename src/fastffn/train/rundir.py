@@ -32,8 +32,8 @@ CONTENTS = (
 )
 
 
-def open_run(output: Path, config: PretrainConfig, *, overwrite: bool) -> bool:
-    """Claims `output` for the run that `config` describes.
+def check_run(output: Path, config: PretrainConfig, *, overwrite: bool) -> bool:
+    """Checks that `output` is free for the run that `config` describes; changes nothing.
 
     Returns:
         Whether it holds an earlier, unfinished or finished attempt at the very same run, which goes on.
@@ -51,11 +51,7 @@ def open_run(output: Path, config: PretrainConfig, *, overwrite: bool) -> bool:
                 f"{output} holds files that are not a FastFFN run's ({', '.join(foreign[:5])}); nothing was deleted. "
                 "Name another directory."
             )
-        for name in there:
-            path = output / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        there = []
-    if there:
+    elif there:
         if CONFIG not in there:
             raise OutputError(f"{output} is not empty and holds no FastFFN run; name another directory.")
         before = read_config(output / CONFIG)
@@ -68,9 +64,15 @@ def open_run(output: Path, config: PretrainConfig, *, overwrite: bool) -> bool:
                 "--overwrite to delete that run and start anew."
             )
         return True
+    return False
+
+
+def claim_run(output: Path, config: PretrainConfig) -> None:
+    """Makes `output` this run's, after `check_run`: deletes another run in it and writes `config.yaml`."""
+    for path in sorted(output.iterdir()) if output.exists() else []:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / CONFIG, dump_config(config))
-    return False
 
 
 def dump_config(config: PretrainConfig) -> str:

@@ -41,11 +41,7 @@ def merge_stage(source: Path, target: Path, make_trainer: Callable[[Path], Stage
         merged = merge_checkpoint(source, partial)
         if make_trainer is not None:
             _carry_over(source, partial, make_trainer(partial), merged.same_tensors)
-    return {
-        "layers": list(merged.layers),
-        "parameters_before": merged.parameters_before,
-        "parameters_after": merged.parameters_after,
-    }
+    return merged.summary()
 
 
 def factorise_stage(

@@ -1,0 +1,218 @@
+"""The command line as a user meets it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from fastffn.cli.main import COMMANDS, cli
+from fastffn.train.config import PRESETS
+
+TINY = [
+    *("--tokenizer", "train:300", "--layers", "1", "--d-model", "16", "--heads", "2", "--sequence", "16"),
+    *("--rank", "4", "--steps", "10", "--warmup-steps", "2", "--rewarm-steps", "2"),
+    *("--evaluate-every", "5", "--checkpoint-every", "5", "--log-every", "5"),
+]
+
+
+def run(*arguments: object, timeout: int = 240) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", "from fastffn.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+def refused(done: subprocess.CompletedProcess, *words: str, code: int = 2) -> None:
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    flat = " ".join(done.stderr.split())
+    for word in words:
+        assert word in flat, flat
+
+
+@pytest.mark.parametrize(
+    "command", [[], *[[name] for name in COMMANDS], ["evaluate", "perplexity"], ["bench", "step"]], ids=str
+)
+def test_help_has_an_example(command) -> None:
+    result = CliRunner().invoke(cli, [*command, "--help"])
+    assert result.exit_code == 0
+    assert "Example: fastffn" in result.output
+
+
+@pytest.fixture(scope="module")
+def model(text_file, tmp_path_factory) -> Path:
+    """The directory of a small run, made by the command."""
+    output = tmp_path_factory.mktemp("run") / "run"
+    done = run("pretrain", "--data", text_file, *TINY, "--output", output, "--json")
+    assert done.returncode == 0, done.stderr
+    # Elsewhere than on a terminal there are no progress bars, and no chatter of libraries.
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("stage1  step 5/6") for line in lines)
+    results = json.loads(lines[-1])
+    assert results["stages"]["stage2"]["steps"] == 4
+    return output
+
+
+def test_pretrain_says_what_it_found(model) -> None:
+    done = run("pretrain", "--config", model / "config.yaml", "--output", model)
+    assert done.returncode == 0, done.stderr
+    assert "holds this run already, complete" in done.stdout
+    assert "Time to the final loss of the dense run" in done.stdout
+    assert "validation loss" in done.stdout
+
+
+def test_merge(model, tmp_path) -> None:
+    done = run("merge", model / "stage1", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["layers"] == ["transformer.h.0.mlp"]
+    assert result["largest_difference"] < 1e-4
+    refused(run("merge", model / "stage1", tmp_path / "out"), "exists already")
+    refused(run("merge", model / "stage2", tmp_path / "no"), "no factors to merge")
+    refused(run("merge", tmp_path / "nothing", tmp_path / "no"), "not a directory")
+    assert not (tmp_path / "no").exists()
+    words = run("merge", model / "stage1", tmp_path / "again", "--no-check").stdout
+    assert "1 FFNs merged" in words
+    assert "Logits" not in words
+
+
+def test_evaluate_perplexity(model, text_file, tmp_path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text(text_file.read_text()[:2000])
+    text_file = short
+    done = run("evaluate", "perplexity", model / "stage1", "--data", text_file, "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    result = json.loads(done.stdout)
+    assert 1 < result["token_perplexity"] < 300
+    assert (result["context"], result["stride"]) == (16, 8)
+    table = run("evaluate", "perplexity", model / "merged", "--data", text_file)
+    assert "bits per byte" in table.stdout
+    refused(run("evaluate", "perplexity", model / "stage1", "--data", tmp_path / "no.txt"), "does not exist")
+    refused(run("evaluate", "perplexity", tmp_path, "--data", text_file), "config.json is missing")
+    refused(run("evaluate", "perplexity", model / "stage2", "--data", text_file, "--context", 99), "context is 99")
+
+
+def test_bench_step() -> None:
+    done = run("bench", "step", "--rounds", 2, "--batch", 1, "--rank", 16, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["ffn"]["rank"] == 16
+    assert result["ratio"] > 0
+    refused(run("bench", "step", "--rounds", 0), "--rounds is 0")
+    refused(run("bench", "step", "--preset", "sed"), "Did you mean 'seed'")
+
+
+def test_info() -> None:
+    result = json.loads(CliRunner().invoke(cli, ["info", "--json"]).output)
+    assert set(result["kinds"]) >= {"dense", "low_rank"}
+    assert "FASTFFN_DATA_DIR" in result["environment"]
+    assert "low_rank" in CliRunner().invoke(cli, ["info"]).output
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_print_config_is_a_config(preset, tmp_path) -> None:
+    first = CliRunner().invoke(cli, ["pretrain", "--preset", preset, "--print-config"])
+    assert first.exit_code == 0, first.output
+    path = tmp_path / "config.yaml"
+    path.write_text(first.output)
+    second = CliRunner().invoke(cli, ["pretrain", "--config", str(path), "--print-config"])
+    assert second.output == first.output
+
+
+def printed(*arguments: str) -> dict:
+    result = CliRunner().invoke(cli, ["pretrain", *arguments, "--print-config"])
+    assert result.exit_code == 0, result.output
+    return yaml.safe_load(result.output)
+
+
+def test_preset_then_file_then_flags(tmp_path) -> None:
+    path = tmp_path / "config.yaml"
+    # YAML 1.1 reads 1e-3 as a word; the field's type decides.
+    path.write_text("layers: 3\nlearning_rate: 1e-3\nrank: 5\nheads: 2\n")
+    values = printed("--preset", "gpt2-small", "--config", str(path), "--heads", "4", "--no-baseline", "--compile")
+    assert (values["layers"], values["learning_rate"], values["rank"], values["heads"]) == (3, 1e-3, 5, 4)
+    assert (values["d_model"], values["baseline"], values["compile"]) == (768, False, True)
+
+
+def test_one_length_replaces_the_other(tmp_path) -> None:
+    values = printed("--epochs", "2")
+    assert (values["steps"], values["epochs"]) == (None, 2.0)
+    values = printed("--preset", "seed", "--steps", "7")
+    assert (values["steps"], values["epochs"]) == (7, None)
+
+
+BAD = [
+    (["--layerz", "3"], "Did you mean '--layers'"),
+    (["--rank", "0"], "rank is 0"),
+    (["--rank", "-2"], "rank is -2"),
+    (["--rank", "17"], "min(in, out) = 16"),
+    (["--rank", "many"], "'many' is not a valid integer"),
+    (["--heads", "3"], "does not divide d_model 16"),
+    (["--data", "/nowhere/text.txt"], "does not exist"),
+    (["--data", "{empty}"], "is empty"),
+    (["--data", "{short}"], "shorter than one block"),
+    (["--data", "{binary}"], "not UTF-8 text"),
+    (["--tokenizer", "{folder}"], "No tokenizer could be loaded"),
+    (["--vocabulary", "301"], "has 300 tokens, but vocabulary is 301"),
+    (["--preset", "dmo"], "Did you mean 'demo'"),
+    (["--config", "{missing}"], "does not exist"),
+    (["--config", "{unknown}"], "Did you mean 'learning_rate'"),
+    (["--config", "{wrong}"], "layers is 'four'"),
+    (["--config", "{binary}"], "cannot be read as YAML"),
+    (["--schedule", "linear"], "'linear' is not one of"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_input_is_one_paragraph_and_code_2(text_file, tmp_path, flags, words) -> None:
+    files = {
+        "empty": b"",
+        "short": b"a b c d e f g h i j\n",
+        "binary": bytes(range(128, 256)) * 9,
+        "unknown": b"learnin_rate: 1\n",
+        "wrong": b"layers: four\n",
+    }
+    paths = {"missing": tmp_path / "missing", "folder": tmp_path}
+    for name, content in files.items():
+        paths[name] = tmp_path / f"{name}.txt"
+        paths[name].write_bytes(content)
+    filled = [flag.format(**paths) for flag in flags]
+    data = [] if "--data" in flags else ["--data", text_file]
+    refused(run("pretrain", *TINY, *data, "--output", tmp_path / "run", *filled), words)
+    # What was wrong with the call leaves no half of a run that would stand in the way of the right call.
+    again = tmp_path / "run"
+    assert not (again / "dense").exists()
+
+
+def test_after_bad_data_the_right_call_works_in_the_same_directory(text_file, tmp_path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("a b c d e f\n")
+    refused(run("pretrain", *TINY, "--data", short, "--output", tmp_path / "run"), "shorter than one block")
+    done = run("pretrain", *TINY, "--data", text_file, "--output", tmp_path / "run", "--no-baseline")
+    assert done.returncode == 0, done.stderr
+
+
+def test_output_is_needed() -> None:
+    refused(run("pretrain"), "--output is missing")
+
+
+def test_another_run_is_refused(model, text_file) -> None:
+    done = run("pretrain", "--data", text_file, *TINY, "--seed", "7", "--output", model)
+    refused(done, "seed: 0 there, 7 here", "--overwrite")
+    assert (model / "results.json").is_file()
+
+
+def test_nan_has_an_exit_code_of_its_own(text_file, tmp_path) -> None:
+    flags = ["--learning-rate", "1e30", "--clip", "0", "--warmup-steps", "0", "--no-baseline"]
+    done = run("pretrain", "--data", text_file, *TINY, *flags, "--output", tmp_path / "run")
+    refused(done, "The loss is", "Lower the learning rate", code=1)
+
+
+def test_unknown_command() -> None:
+    refused(run("pretrian"), "Did you mean 'pretrain'")
