@@ -1,10 +1,13 @@
 # `make demo` runs the main job, `make test` every check; each makes .venv first.
 PYTHON ?= python3
+# Versions to install. With a torch of your own in .venv: make demo CONSTRAINTS=/dev/null
+CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 # Real texts for the tests that want them; what is absent is skipped with its reason.
 export FASTFFN_DATA_DIR ?= $(realpath ../shared/data)
 # Tests and the demo use only what is installed: nothing is fetched from a hub at run time.
 export HF_HUB_OFFLINE ?= 1
+export NO_MKDOCS_2_WARNING ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
 .PHONY: demo test format lint types unit docs examples clean
@@ -16,12 +19,12 @@ test: lint types unit docs examples
 
 .venv/train: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[train]'
 	touch $@
 
 .venv/dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 format: .venv/dev

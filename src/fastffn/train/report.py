@@ -98,7 +98,8 @@ def print_report(results: dict[str, Any], output: Path) -> None:
     print()
     for sentence in verdicts(results):
         print(sentence)
-    print(f"\n{results['sample']['prompt']} [...] {results['sample']['continuation']}")
+    print("\nA sample of the final model, after a prompt of held-out text:")
+    print("\n".join(_quoted(results["sample"]["prompt"] + " [...] " + results["sample"]["continuation"])))
     print(f"\nReport: {output / 'report.md'}", flush=True)
 
 
@@ -145,7 +146,13 @@ def write_report(output: Path, results: dict[str, Any]) -> None:
         "",
         "## A sample of the final model",
         "",
-        "> " + (results["sample"]["prompt"] + " **[...]** " + results["sample"]["continuation"]).replace("\n", "\n> "),
+        "Prompt (held-out text):",
+        "",
+        *_quoted(results["sample"]["prompt"]),
+        "",
+        "Continuation:",
+        "",
+        *_quoted(results["sample"]["continuation"]),
         "",
         "## Machine",
         "",
@@ -156,6 +163,11 @@ def write_report(output: Path, results: dict[str, Any]) -> None:
         "",
     ]
     write_text(output / "report.md", "\n".join(lines))
+
+
+def _quoted(text: str) -> list[str]:
+    """Text as an indented block, in which Markdown means nothing."""
+    return [f"    {line}".rstrip() for line in text.splitlines()]
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
