@@ -147,6 +147,14 @@ def test_one_length_replaces_the_other(tmp_path) -> None:
     assert (values["steps"], values["epochs"]) == (7, None)
 
 
+def test_a_learning_rate_is_for_all() -> None:
+    names = ("learning_rate", "dense_learning_rate", "factor_learning_rate")
+    values = printed()
+    assert [values[name] for name in names] == [7e-4, 1e-3, 1.4e-3]
+    values = printed("--learning-rate", "3e-4", "--factor-learning-rate", "5e-4")
+    assert [values[name] for name in names] == [3e-4, None, 5e-4]
+
+
 BAD = [
     (["--layerz", "3"], "Did you mean '--layers'"),
     (["--rank", "0"], "rank is 0"),

@@ -29,6 +29,8 @@ SMALL = {
     "steps": 20,
     "switch": 0.6,
     "learning_rate": 3e-3,
+    "dense_learning_rate": None,
+    "factor_learning_rate": None,
     "warmup_steps": 4,
     "rewarm_steps": 4,
     "evaluate_every": 4,

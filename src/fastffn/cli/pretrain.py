@@ -73,6 +73,9 @@ def command(
     for given, other in (("steps", "epochs"), ("epochs", "steps")):
         if flags.get(given) is not None and flags.get(other) is None:
             values[other] = None
+    # So does a learning rate the preset's rates for parts of the model.
+    if flags.get("learning_rate") is not None:
+        values |= {name: flags.get(name) for name in ("dense_learning_rate", "factor_learning_rate")}
     config = PretrainConfig.from_flat(values)
     if print_config:
         click.echo(dump_config(config), nl=False)

@@ -153,3 +153,4 @@ def _write_file(path: Path, tensors: list[PlannedTensor]) -> None:
                     f"{list(values.shape)}; the checkpoint does not fit its config.json."
                 )
             file.write(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            del values  # before the next one is made

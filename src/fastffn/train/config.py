@@ -26,7 +26,8 @@ def _field(default: Any, help: str) -> Any:
 class PretrainConfig:
     """A pre-training run: a GPT-2 in stages, and a dense one beside it.
 
-    The defaults are the `demo` preset's. Options of the FFN kind (`rank`, `start`, ...) are in `ffn_options`; flags
+    The defaults are the `demo` preset's but for the learning rates. Options of the FFN kind (`rank`, `start`, ...) are in
+    `ffn_options`; flags
     and YAML files give them like any other field.
     """
 
@@ -58,7 +59,7 @@ class PretrainConfig:
     # Optimisation
     batch: int = _field(4, "sequences in an optimizer step, over all devices")
     micro_batch: int | None = _field(None, "sequences on a device at once; default: all of the batch")
-    learning_rate: float = _field(3e-3, "peak learning rate of the two-stage run")
+    learning_rate: float = _field(1e-3, "peak learning rate of the two-stage run")
     dense_learning_rate: float | None = _field(None, "peak learning rate of the dense run; default: the same")
     factor_learning_rate: float | None = _field(None, "peak learning rate of the factors; default: the same")
     schedule: Literal["wsd", "cosine"] = _field("wsd", "wsd (warm-up, stable, decay) or, with --restart, cosine")
@@ -254,7 +255,12 @@ def _require(condition: bool, name: str, value: Any, rule: str) -> None:
 # Fields that differ from the defaults above.
 PRESETS: dict[str, dict[str, Any]] = {
     # Minutes on two cores, on a text that every machine has.
-    "demo": {},
+    "demo": {
+        # Each side's best of a small sweep (docs/log.md).
+        "learning_rate": 7e-4,
+        "dense_learning_rate": 1e-3,
+        "factor_learning_rate": 1.4e-3,
+    },
     # GPT-2 small as it is trained today; some 2.6 thousand million tokens.
     "gpt2-small": {
         "data": "",
