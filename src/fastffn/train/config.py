@@ -26,9 +26,8 @@ def _field(default: Any, help: str) -> Any:
 class PretrainConfig:
     """A pre-training run: a GPT-2 in stages, and a dense one beside it.
 
-    The defaults are the `demo` preset's but for the learning rates. Options of the FFN kind (`rank`, `start`, ...) are in
-    `ffn_options`; flags
-    and YAML files give them like any other field.
+    The defaults are the `demo` preset's but for the learning rates. Options of the FFN kind (`rank`, `start`, ...) are
+    in `ffn_options`; flags and YAML files give them like any other field.
     """
 
     # Text
