@@ -234,6 +234,20 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path) -> None:
         pretrain(config, tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_damaged_training_state_is_named(finished, tmp_path, name) -> None:
+    import shutil
+
+    output, _, config = finished
+    shutil.copytree(output, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    (tmp_path / "run" / "stage2" / "stage.json").unlink()
+    damaged = tmp_path / "run" / "stage2" / "checkpoint-20" / name
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        pretrain(config, tmp_path / "run")
+
+
 def test_wrong_text_leaves_nothing_behind(tmp_path, text_file) -> None:
     with pytest.raises(DataError, match="does not exist"):
         pretrain(tiny(tmp_path / "missing.txt"), tmp_path / "run")

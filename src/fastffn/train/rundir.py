@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +118,16 @@ def finish_stage(directory: Path, record: dict[str, Any]) -> None:
 
 
 def check_loadable(directory: Path) -> None:
-    """Raises CheckpointError, naming the file, if a checkpoint's weights are corrupt or cut short."""
+    """Raises CheckpointError, naming the file, if a file of a checkpoint is corrupt or cut short."""
     from fastffn.convert.safetensors_io import TensorReader
 
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is missing.")
     read_json(directory / "config.json")
     TensorReader(directory)
+    if (directory / "trainer_state.json").exists():
+        read_json(directory / "trainer_state.json")
+    # PyTorch's files are zip archives, whose table of contents stands at the end: a cut shows.
+    for path in sorted(directory.glob("*.p*t*")):
+        if path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+            raise CheckpointError(f"{path} is corrupt or cut short.")

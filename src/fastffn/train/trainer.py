@@ -289,9 +289,11 @@ class StageTrainer(Trainer):
         super().log(logs, start_time)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # The tensors that stop whoever loads without FastFFN are not part of the model.
+        # Expected are the tensors that stop whoever loads without FastFFN, and that tied weights are stored once.
         if REMEDY_TENSOR in load_result.unexpected_keys:
             load_result.unexpected_keys.clear()
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result)
 
 
