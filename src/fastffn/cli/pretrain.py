@@ -82,8 +82,11 @@ def command(
         return
     if output is None:
         raise ConfigError("--output is missing; name a directory for the run, such as runs/mine.")
+    from transformers.utils import logging
+
     from fastffn.train.pretrain import pretrain
 
+    logging.disable_progress_bar()  # for each checkpoint read or written: they would tear the stages' bars apart
     results = pretrain(config, output, overwrite=overwrite)
     if as_json:
         click.echo(json.dumps(results))

@@ -166,6 +166,7 @@ class Console(TrainerCallback):
         self.bar: Any = None
         self.interactive = sys.stderr.isatty()
         self._last = (0, 0.0)
+        self._shown: dict[str, str] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -200,8 +201,8 @@ class Console(TrainerCallback):
         if not state.is_world_process_zero or ("loss" not in logs and "eval_loss" not in logs):
             return
         if self.bar is not None:
-            shown = {key: f"{logs[key]:.3f}" for key in ("loss", "eval_loss") if key in logs}
-            self.bar.set_postfix(shown)
+            self._shown |= {key: f"{logs[key]:.3f}" for key in ("loss", "eval_loss") if key in logs}
+            self.bar.set_postfix(self._shown)
             return
         if "eval_loss" in logs:
             what = f"validation loss {logs['eval_loss']:.4f}"
