@@ -1,7 +1,7 @@
 """Everything that is measured, in one call: `python benchmarks/run.py [NAME]`.
 
-Writes `benchmarks/results/bench-step/<case>-<NAME>.json` for each case, and prints the tables. NAME says which machine it
-was, such as `epyc-2cores`. On an accelerator the cases run in bfloat16 too, eager and compiled.
+Writes `benchmarks/results/bench-step/<case>-<NAME>.json` for each case, and prints the tables. NAME says which machine
+it was, such as `epyc-2cores`. On an accelerator the cases run in bfloat16 too, eager and compiled.
 """
 
 from __future__ import annotations
