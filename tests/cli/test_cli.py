@@ -49,11 +49,11 @@ def model(text_file, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("run") / "run"
     done = run("pretrain", "--data", text_file, *TINY, "--output", output, "--json")
     assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
     # Elsewhere than on a terminal there are no progress bars, and no chatter of libraries.
-    assert done.stderr == ""
-    lines = done.stdout.splitlines()
-    assert any(line.startswith("stage1  step 5/6") for line in lines)
-    results = json.loads(lines[-1])
+    assert "%|" not in done.stderr
+    assert "[transformers]" not in done.stderr
+    assert any(line.startswith("stage1  step 5/6") for line in done.stderr.splitlines())
     assert results["stages"]["stage2"]["steps"] == 4
     return output
 
@@ -95,6 +95,7 @@ def test_evaluate_perplexity(model, text_file, tmp_path) -> None:
     assert "bits per byte" in table.stdout
     refused(run("evaluate", "perplexity", model / "stage1", "--data", tmp_path / "no.txt"), "does not exist")
     refused(run("evaluate", "perplexity", tmp_path, "--data", text_file), "config.json is missing")
+    refused(run("evaluate", "perplexity", model / "stage2", "--data", text_file, "--stride", 0), "stride is 0")
     refused(run("evaluate", "perplexity", model / "stage2", "--data", text_file, "--context", 99), "context is 99")
 
 
@@ -204,6 +205,30 @@ def test_after_bad_data_the_right_call_works_in_the_same_directory(text_file, tm
     refused(run("pretrain", *TINY, "--data", short, "--output", tmp_path / "run"), "shorter than one block")
     done = run("pretrain", *TINY, "--data", text_file, "--output", tmp_path / "run", "--no-baseline")
     assert done.returncode == 0, done.stderr
+
+
+def test_an_output_that_cannot_be_made(model, text_file, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    refused(run("pretrain", *TINY, "--data", text_file, "--output", tmp_path / "file" / "run"), "cannot be created")
+    refused(run("merge", model / "stage1", tmp_path / "file" / "out"), "cannot be created")
+
+
+def test_interruption_says_how_to_go_on(monkeypatch, capsys) -> None:
+    from fastffn.cli import main
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "cli", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        main.run()
+    assert stop.value.code == 130
+    assert "with the same command" in capsys.readouterr().err
+
+
+def test_a_run_is_not_a_checkpoint(model, text_file, tmp_path) -> None:
+    refused(run("merge", model, tmp_path / "out"), f"Did you mean {model}/stage1")
+    refused(run("evaluate", "perplexity", model, "--data", text_file), f"Did you mean {model}/stage2")
 
 
 def test_output_is_needed() -> None:

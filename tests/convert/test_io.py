@@ -102,6 +102,50 @@ def test_without_the_import_the_bare_model_fails_too(gpt2, tmp_path) -> None:
     assert isinstance(AutoModel.from_pretrained(tmp_path).h[1].mlp, LowRankFFN)
 
 
+def test_a_part_saved_on_its_own_fails_without_the_import_too(gpt2, tokens, tmp_path) -> None:
+    fastffn.convert(gpt2, LowRankConfig(rank=5))
+    gpt2.transformer.save_pretrained(tmp_path)
+    code = "import sys; from transformers import AutoModel as A; A.from_pretrained(sys.argv[1])"
+    assert load_elsewhere(code, str(tmp_path)).returncode != 0
+    loaded = AutoModel.from_pretrained(tmp_path)
+    expected = gpt2.transformer(tokens).last_hidden_state
+    assert torch.equal(loaded(tokens).last_hidden_state, expected)
+
+
+def test_a_shared_configuration_is_left_alone(gpt2, tokens, tmp_path) -> None:
+    from transformers import GPT2LMHeadModel
+
+    student = GPT2LMHeadModel(gpt2.config)
+    fastffn.convert(student, LowRankConfig(rank=5))
+    assert not hasattr(gpt2.config, "quantization_config")
+    gpt2.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits, gpt2(tokens).logits)
+    # All parts of the student look at the same new configuration.
+    assert len({id(m.config) for m in student.modules() if hasattr(m, "config") and not isinstance(m, LowRankFFN)}) == 1
+
+
+def test_dense_weights_under_a_description_of_factors_are_refused(gpt2, tmp_path) -> None:
+    from transformers import GPT2LMHeadModel
+
+    fastffn.convert(gpt2, LowRankConfig(rank=5))
+    # Built from the configuration alone, it is dense, and says in its config.json that it is not.
+    GPT2LMHeadModel(gpt2.config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="12 of their tensors are missing"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_missing_factor_is_refused(gpt2, tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    fastffn.convert(gpt2, LowRankConfig(rank=5))
+    gpt2.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["transformer.h.1.mlp.down.a.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"h\.1\.mlp\.down\.a\.weight"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_a_merged_model_needs_nothing_of_ours(gpt2, tokens, tmp_path) -> None:
     fastffn.convert(gpt2, LowRankConfig(rank=5))
     fastffn.merge(gpt2)

@@ -51,6 +51,29 @@ def test_a_validation_split_is_used(tmp_path, tokenizer) -> None:
     assert "machine" not in tokenizer.decode(flat(found.train))
 
 
+def test_the_validation_text_may_be_a_data_set_with_splits(tmp_path, text_file, tokenizer) -> None:
+    train = datasets.Dataset.from_dict({"text": ["the cat sees the river. " * 50] * 4})
+    other = datasets.Dataset.from_dict({"text": ["no machine forgets. " * 50]})
+    datasets.DatasetDict({"train": train, "validation": other}).save_to_disk(tmp_path / "rows")
+    found = token_blocks(str(text_file), tokenizer, 16, validation=str(tmp_path / "rows"))
+    assert "machine" in tokenizer.decode(flat(found.validation))
+    datasets.DatasetDict({"validation": train}).save_to_disk(tmp_path / "one")
+    found = token_blocks(str(tmp_path / "one"), tokenizer, 16, validation_fraction=0.25)
+    assert len(found.train) > 2 * len(found.validation)
+
+
+def test_a_tokenizer_that_cuts_or_pads_does_neither_here(text_file, tokenizer) -> None:
+    import copy
+
+    expected = flat(token_blocks(str(text_file), tokenizer, 16).train)
+    cutting = copy.deepcopy(tokenizer)
+    cutting("the cat", truncation=True, max_length=2)
+    cutting.backend_tokenizer.enable_padding(length=64)
+    assert len(cutting.backend_tokenizer.encode("the cat sees the river").ids) == 64
+    assert flat(token_blocks(str(text_file), cutting, 16).train) == expected
+    assert token_ids(cutting, ["the cat sees the river"]) == token_ids(tokenizer, ["the cat sees the river"])
+
+
 def test_tokenised_once(text_file, tokenizer, monkeypatch) -> None:
     first = token_blocks(str(text_file), tokenizer, 24)
 
@@ -93,5 +116,7 @@ def test_errors_in_the_text_come_through(tmp_path, tokenizer) -> None:
 
 def test_collate() -> None:
     batch = collate([{"input_ids": [1, 2]}, {"input_ids": [3, 4]}])
-    assert batch["input_ids"].tolist() == batch["labels"].tolist() == [[1, 2], [3, 4]]
+    assert batch["input_ids"].tolist() == [[1, 2], [3, 4]]
+    # Nothing predicts the first token; the Trainer must not count it.
+    assert batch["labels"].tolist() == [[-100, 2], [-100, 4]]
     assert batch["input_ids"].dtype == torch.int64

@@ -47,6 +47,12 @@ def test_one_long_line_comes_in_pieces(tmp_path) -> None:
     assert max(len(piece.text) for piece in pieces) <= 10_000
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("first line\n", encoding="utf-8-sig")
+    assert list(find_text(str(path)).pieces()) == [("first line\n", True)]
+
+
 def test_a_folder_in_order_and_only_text(tmp_path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "b.txt").write_text("second\n")

@@ -21,6 +21,14 @@ def test_stops_what_is_wrong(change) -> None:
         gate("thing", change(same_dtype), same_dtype, exact, floor=1e-6)
 
 
+@pytest.mark.parametrize("broken", ["same_dtype", "exact"])
+def test_a_yardstick_that_is_no_number_lets_nothing_pass(broken) -> None:
+    values = {"same_dtype": torch.ones(3), "exact": torch.ones(3, dtype=torch.float64)}
+    values[broken] = values[broken] * float("nan")
+    with pytest.raises(MeasurementError):
+        gate("thing", torch.ones(3), **values, floor=1.0)
+
+
 def test_twice_the_error_is_the_limit() -> None:
     exact = torch.ones(4, dtype=torch.float64)
     same_dtype = exact + 0.01

@@ -57,7 +57,7 @@ def test_options_come_from_the_registry() -> None:
         ({"dense_warmup": 0.7}, "below switch"),
         ({"decay": 0.5}, r"at most 1 - switch = 0.4"),
         ({"schedule": "cosine"}, "dense one only"),
-        ({"epochs": 1.0}, "one of the two"),
+        ({"epochs": 1.0}, "steps is 360 and epochs is 1.0; give one of the two"),
         ({"steps": None}, "one of the two"),
         ({"steps": 0}, "steps is 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),

@@ -58,6 +58,8 @@ def test_everything_is_there(finished) -> None:
         "merged",
         "stage2",
         "tokenizer",
+        "text.json",
+        "gain.json",
         "results.json",
         "report.md",
         "loss_vs_time.png",
@@ -155,6 +157,72 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(finished, text_file, tmp_p
         ]
     seconds = [point["seconds"] for point in again["stages"]["stage2"]["curve"]]
     assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize("missing", ["stage1", "merged", "stage2"])
+def test_killed_just_before_a_stage_was_marked_as_finished(finished, tmp_path, missing) -> None:
+    """The last checkpoint is there, `stage.json` is not: no step may be trained twice or too many."""
+    import shutil
+
+    output, results, config = finished
+    shutil.copytree(output, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    (tmp_path / "run" / missing / "stage.json").unlink()
+    later = {"stage1": ("merged", "stage2"), "merged": ("stage2",), "stage2": ()}[missing]
+    for name in later:
+        shutil.rmtree(tmp_path / "run" / name)
+    again = pretrain(config, tmp_path / "run")
+    ours, theirs = weights(tmp_path / "run" / "stage2"), weights(output / "stage2")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    for stage in ("stage1", "stage2"):
+        steps = [[point["step"] for point in r["stages"][stage]["curve"]] for r in (again, results)]
+        assert steps[0] == steps[1]
+    assert not (tmp_path / "run" / "stage1" / "checkpoint-13").exists()
+
+
+def test_validation_loss_is_that_of_all_blocks(finished) -> None:
+    """Against a cross-entropy of our own over every predicted token of every block."""
+    from fastffn.data.blocks import token_blocks
+    from fastffn.data.tokenizer import load_tokenizer
+
+    output, results, config = finished
+    blocks = token_blocks(config.data, load_tokenizer(str(output / "tokenizer")), config.sequence)
+    assert len(blocks.validation) % config.batch  # the last batch is smaller
+    ids = torch.tensor(blocks.validation["input_ids"][:])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(output / "stage2").eval()(ids).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten())
+    assert results["stages"]["stage2"]["validation_loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_fewer_validation_blocks_than_a_batch(text_file, tmp_path) -> None:
+    config = tiny(text_file, baseline=False, validation_fraction=0.005, batch=16)
+    assert pretrain(config, tmp_path / "run")["stages"]["stage2"]["validation_loss"] > 0
+
+
+def test_changed_text_is_noticed(text_file, tmp_path) -> None:
+    import shutil
+
+    text = tmp_path / "text.txt"
+    shutil.copy(text_file, text)
+    pretrain(tiny(text, baseline=False), tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    text.write_text("no machine forgets the long road.\n" * 2000)
+    with pytest.raises(OutputError, match="The text has changed"):
+        pretrain(tiny(text, baseline=False), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "trainer_state.json"])
+def test_a_missing_training_state_is_named(finished, tmp_path, name) -> None:
+    import shutil
+
+    output, _, config = finished
+    shutil.copytree(output, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "stage2")
+    (tmp_path / "run" / "merged" / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"merged/{name} is missing"):
+        pretrain(config, tmp_path / "run")
 
 
 def batches_of(config, output, monkeypatch) -> dict[str, list]:

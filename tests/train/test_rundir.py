@@ -16,8 +16,15 @@ def test_a_new_directory(tmp_path) -> None:
     assert PretrainConfig.from_flat(rundir.read_config(tmp_path / "a" / "b" / "config.yaml")) == CONFIG
 
 
+def test_a_run_that_never_trained_may_be_taken_over(tmp_path) -> None:
+    rundir.claim_run(tmp_path, CONFIG)
+    (tmp_path / "tokenizer").mkdir()
+    assert rundir.check_run(tmp_path, PretrainConfig(seed=5), overwrite=False) is False
+
+
 def test_the_same_run_goes_on(tmp_path) -> None:
     rundir.claim_run(tmp_path, CONFIG)
+    (tmp_path / "dense").mkdir()
     assert rundir.check_run(tmp_path, CONFIG, overwrite=False) is True
 
 

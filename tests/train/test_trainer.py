@@ -147,6 +147,29 @@ def test_nan_stops_before_the_weights(gpt2, rows, tmp_path) -> None:
     assert not (tmp_path / "checkpoint-4").exists()
 
 
+def test_infinite_gradients_are_not_saved(gpt2, rows, tmp_path) -> None:
+    """The loss is still a number, the weights are not any more."""
+    trainer = trainer_for(gpt2, rows, tmp_path, max_grad_norm=0.0, eval_strategy="no", save_steps=1)
+    weight = gpt2.transformer.ln_f.weight
+    weight.register_hook(lambda grad: grad * float("inf") if trainer.state.global_step == 1 else grad)
+    with pytest.raises(TrainingDivergedError, match="Weights are infinite or not numbers after step 2"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
+    assert not (tmp_path / "checkpoint-2" / "model.safetensors").exists()
+
+
+def test_skipped_steps_do_not_decay(gpt2, rows, tmp_path) -> None:
+    fastffn.convert(gpt2, LowRankConfig(rank=5))
+    trainer = trainer_for(gpt2, rows, tmp_path)
+    optimizer = trainer.create_optimizer()
+    before = gpt2.transformer.h[0].mlp.up.a.weight.detach().clone()
+    for found, changes in ((1.0, False), (0.0, True)):
+        # What the loss scaling of fp16 tells a fused optimizer.
+        optimizer.found_inf = torch.tensor(found)
+        trainer._decay_products(optimizer, (), {})
+        assert torch.equal(gpt2.transformer.h[0].mlp.up.a.weight, before) is not changes
+
+
 def test_the_clock_leaves_validation_and_checkpoints_out(gpt2, rows, tmp_path, monkeypatch) -> None:
     def slow(method):
         def call(*args, **kwargs):

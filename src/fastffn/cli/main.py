@@ -61,7 +61,13 @@ def run() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
-        cli()
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        print("\nInterrupted. A run goes on from its last checkpoint with the same command.", file=sys.stderr)
+        sys.exit(130)
     except FastFFNError as error:
         print(textwrap.fill(f"Error: {error}", 100, break_on_hyphens=False), file=sys.stderr)
         sys.exit(error.exit_code)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,16 @@ def _fields_of(path: Path) -> dict[str, Any]:
     from fastffn.train.rundir import read_config
 
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist; --config names a YAML file of fields, such as a run's config.yaml.")
+        raise ConfigError(
+            f"{path} {'is no file' if path.exists() else 'does not exist'}; --config names a YAML file of fields, such as a run's config.yaml."
+        )
     return read_config(path)
 
 
 def _typed(ctx: click.Context, values: dict[str, Any], path: Path) -> dict[str, Any]:
     """Values of a YAML file as the flags of the same names would have taken them."""
     parameters = {parameter.name: parameter for parameter in ctx.command.params}
-    fields = {field.name for field in dataclasses.fields(PretrainConfig)} | set(ffn_option_types())
+    fields = {field.name for field in dataclasses.fields(PretrainConfig)} - {"ffn_options"} | set(ffn_option_types())
     typed = {}
     for name, value in values.items():
         if name not in fields or name not in parameters:
@@ -87,7 +91,9 @@ def command(
     from fastffn.train.pretrain import pretrain
 
     logging.disable_progress_bar()  # for each checkpoint read or written: they would tear the stages' bars apart
-    results = pretrain(config, output, overwrite=overwrite)
+    # With --json the standard output is JSON and nothing else.
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        results = pretrain(config, output, overwrite=overwrite)
     if as_json:
         click.echo(json.dumps(results))
 

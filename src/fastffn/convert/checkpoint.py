@@ -83,6 +83,8 @@ def merge_checkpoint(source: Path, target: Path, *, max_shard_bytes: int = 50_00
     source, target = Path(source), Path(target)
     if not source.is_dir():
         raise CheckpointError(f"{source} is not a directory; name the directory of a checkpoint.")
+    if not (source / "config.json").exists() and (source / "stage1").is_dir():
+        raise CheckpointError(f"{source} is a run, not a checkpoint. Did you mean {source / 'stage1'}?")
     config_json = read_json(source / "config.json")
     described = io.described_in(config_json, str(source))
     model = skeleton(config_json, str(source))

@@ -23,7 +23,7 @@ def new_directory(target: Path) -> Iterator[Path]:
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise OutputError(f"{target} exists already; name a new directory, or remove that one.")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(target.parent)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
         yield partial
@@ -34,6 +34,20 @@ def new_directory(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def make_directory(path: Path) -> None:
+    """Creates a directory, if need be with those above it.
+
+    Raises:
+        OutputError: it cannot be created, or nothing may be written into it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be created ({error.strerror}); name another directory.") from error
+    if not os.access(path, os.W_OK):
+        raise OutputError(f"{path} may not be written into; name another directory.")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -17,13 +17,16 @@ refuses those, and the name of one more tensor in its report says what to do.
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import json
 import re
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -119,6 +122,7 @@ class FastFFNQuantizer(HfQuantizer):
                 f"It has {', '.join(paths)}."
             )
         decoys = [re.escape(REMEDY_TENSOR)]
+        needed: list[str] = []
         for path, ffn in list(match.family_ffns(model, family)):
             config = self.quantization_config.config_for(path, model)
             if config is None:
@@ -130,9 +134,11 @@ class FastFFNQuantizer(HfQuantizer):
                 new = kind.module(dataclasses.replace(config, **widths))
             new.to(next(ffn.parameters()).dtype)
             match.replace_module(model, path, new)
+            needed += [f"{relative_path(path, model)}.{name}" for name in new.state_dict()]
             # The dense tensors' names are in the file only to stop those who did not import this.
             stem = re.escape(relative_path(path, model))
             decoys += [rf"(^|\.){stem}\.{re.escape(where.name)}$" for where in family.tensors.values()]
+        _check_complete(model, needed, kwargs.get("checkpoint_files"))
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
         model._keys_to_ignore_on_load_unexpected = set(ignored) | set(decoys)  # type: ignore[assignment]
         return model
@@ -174,6 +180,22 @@ class FastFFNQuantizer(HfQuantizer):
         return True
 
 
+def _check_complete(model: nn.Module, needed: list[str], files: list[str] | None) -> None:
+    """Raises CheckpointError if a tensor of our modules is in none of the files: transformers would make one up."""
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        return
+    stored = set()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            stored |= {relative_path(name, model) for name in opened.keys()}  # noqa: SIM118  (not a dict)
+    missing = [name for name in needed if name not in stored]
+    if missing:
+        raise CheckpointError(
+            f"config.json promises FastFFN modules, but {len(missing)} of their tensors are missing (the first: "
+            f"{missing[0]}). The weights belong to another model, or the checkpoint is not complete."
+        )
+
+
 def _convert_as_described(model: nn.Module, described: FastFFNConfig) -> None:
     family = match.family_of(model.config)
     for path, ffn in list(match.family_ffns(model, family)):
@@ -192,21 +214,29 @@ def attach(model: nn.Module) -> None:
     layers: dict[str, Any] = {path: values for path, values in described.items() if values != ffn}
     layers |= {path: None for path, _ in match.family_ffns(model, family)}
     config = FastFFNConfig(ffn, layers)
-    model.config.quantization_config = config  # type: ignore[union-attr]
-    model.hf_quantizer = FastFFNQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
-    # Nothing is quantized: .half(), .float() and torch.compile must go on working.
-    model.is_quantized = False  # type: ignore[assignment]
-    model.config._is_quantized = False  # type: ignore[union-attr]
+    # The configuration may be shared with other models, which are none of our business.
+    before: Any = model.config
+    after = copy.deepcopy(before)
+    after.quantization_config = config.to_dict()
+    after._is_quantized = False
+    for module in model.modules():
+        if getattr(module, "config", None) is before:
+            module.config = after
+        # Parts that can be saved on their own (`model.transformer`) too.
+        if isinstance(module, PreTrainedModel) and any(True for _ in match.fastffn_modules(module)):
+            module.hf_quantizer = FastFFNQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+            # Nothing is quantized: .half(), .float() and torch.compile must go on working.
+            module.is_quantized = False  # type: ignore[assignment]
 
 
 def detach(model: nn.Module) -> None:
     """Takes every trace of FastFFN off a model whose FFNs are its own again."""
-    for owner, names in (
-        (model, ("hf_quantizer", "quantization_method", "is_quantized")),
-        (model.config, ("quantization_config", "_is_quantized")),
-    ):
-        for name in names:
-            vars(owner).pop(name, None)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+                vars(module).pop(name, None)
+            for name in ("quantization_config", "_is_quantized"):
+                vars(module.config).pop(name, None)
 
 
 def described_in(config_json: dict[str, Any], where: str) -> FastFFNConfig:

@@ -61,11 +61,15 @@ class TensorReader:
                     for name in opened.keys():  # noqa: SIM118  (not a dict)
                         piece = opened.get_slice(name)
                         self._file_of[name] = file
+                        if piece.get_dtype() not in _DTYPES:
+                            raise CheckpointError(
+                                f"'{name}' in {file} has the dtype {piece.get_dtype()}; known are {', '.join(_DTYPES)}."
+                            )
                         self._dtype_and_shape[name] = (_DTYPES[piece.get_dtype()], tuple(piece.get_shape()))
             except FileNotFoundError:
                 raise CheckpointError(f"{file} is missing, though {directory / INDEX} names it.") from None
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file} is corrupt or cut short ({error}); get it again.") from error
+                raise CheckpointError(f"{file} is corrupt or cut short ({error}).") from error
 
     @property
     def names(self) -> list[str]:

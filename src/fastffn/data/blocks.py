@@ -23,6 +23,8 @@ _BATCH_CHARACTERS = 1_000_000
 class TokenBlocks:
     """Training and validation blocks.
 
+    `identity` differs whenever they differ.
+
     Attributes:
         train, validation: data sets with a column `input_ids` of `block` tokens.
         train_characters, validation_characters: of the text that they came from.
@@ -32,6 +34,11 @@ class TokenBlocks:
     validation: Any
     train_characters: int
     validation_characters: int
+
+    @property
+    def identity(self) -> str:
+        """See the class."""
+        return f"{self.train._fingerprint} {self.validation._fingerprint}"
 
 
 def token_blocks(
@@ -58,8 +65,11 @@ def token_blocks(
     """
     source = find_text(data, column=column)
     if validation is not None:
-        held_out, every = find_text(validation, column=column), None
-    elif "validation" in splits_of(source):
+        held_out = find_text(validation, column=column)
+        if "validation" in splits_of(held_out):
+            held_out = find_text(validation, split="validation", column=column)
+        every = None
+    elif {"train", "validation"} <= set(splits_of(source)):
         held_out, every = find_text(data, split="validation", column=column), None
     else:
         held_out, every = source, max(2, round(1 / validation_fraction))
@@ -82,15 +92,30 @@ def token_blocks(
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Blocks as a batch: `input_ids` and `labels`, both `[batch, block]`, int64."""
+    """Blocks as a batch: `input_ids` and `labels`, both `[batch, block]`, int64.
+
+    The first token is predicted by none. Its label is -100, since the Trainer divides the loss by the number of labels.
+    """
     ids = torch.tensor([row["input_ids"] for row in rows], dtype=torch.long)
-    return {"input_ids": ids, "labels": ids}
+    labels = ids.clone()
+    labels[:, 0] = -100
+    return {"input_ids": ids, "labels": labels}
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
     """Token numbers of each text, without special tokens; all cores are used."""
-    encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    encodings = _backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
+
+
+def _backend(tokenizer: PreTrainedTokenizerFast) -> Any:
+    """A copy of the tokenizer's core that neither cuts nor pads, as a saved tokenizer may."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _cached_blocks(
@@ -106,7 +131,7 @@ def _cached_blocks(
     )
     what: dict[str, Any] = {
         "source": asdict(source),
-        "tokenizer_json": tokenizer.backend_tokenizer.to_str(),
+        "tokenizer_json": _backend(tokenizer).to_str(),
         "end_of_text": tokenizer.eos_token_id,
         "block": block,
         "every": every,

@@ -53,7 +53,7 @@ class TextSource:
         elif self.kind == "files":
             total = sum(Path(file).stat().st_size for file in self.files)
             # Some two hundred pieces at least, so that a part held out is spread over the whole.
-            size = max(2_000, min(65_536, total // 200))
+            size = max(256, min(65_536, total // 200))
             for file in self.files:
                 yield from _file_pieces(Path(file), size)
         else:
@@ -94,7 +94,7 @@ def find_text(data: str, *, split: str | None = None, column: str = "text") -> T
         return _from_files(data, files)
     if path.exists():
         return _from_files(data, [path])
-    if path.is_absolute() or data.startswith((".", "~")) or path.suffix.lower() in TEXT_SUFFIXES:
+    if path.is_absolute() or data.startswith((".", "~")) or data.endswith("/") or path.suffix.lower() in TEXT_SUFFIXES:
         raise DataError(f"{data} does not exist; name a UTF-8 text file, a folder of them, or a data set.")
     return _with_identity(TextSource(data, "named", split=split, column=column))
 
@@ -117,7 +117,7 @@ def _file_pieces(path: Path, size: int) -> Iterator[Piece]:
     position = 0
     waiting: str | None = None
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             while True:
                 text = file.read(size)
                 if text and not text.endswith("\n"):
@@ -125,7 +125,7 @@ def _file_pieces(path: Path, size: int) -> Iterator[Piece]:
                     text += file.readline(size)
                 if not text:
                     break
-                position += len(text.encode("utf-8", "surrogatepass"))
+                position += len(text.encode("utf-8"))
                 if waiting is not None:
                     yield Piece(waiting, False)
                 waiting = text

@@ -44,6 +44,11 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
     path = Path(spec).expanduser()
     bare_bpe = (path / "vocab.json").is_file() and (path / "merges.txt").is_file()
     described = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    if path.is_dir() and not (bare_bpe or described):
+        raise DataError(
+            f"No tokenizer could be loaded from the folder '{spec}': it has neither tokenizer.json nor "
+            "tokenizer_config.json nor vocab.json with merges.txt."
+        )
     try:
         if bare_bpe and not described:
             # OpenAI's two files, as GPT-2 was published.

@@ -66,6 +66,8 @@ def evaluate_perplexity(
     directory = Path(model)
     if not directory.is_dir():
         raise CheckpointError(f"{model} is not a directory; name the directory of a model.")
+    if not (directory / "config.json").exists() and (directory / "stage2").is_dir():
+        raise CheckpointError(f"{directory} is a run, not a model. Did you mean {directory / 'stage2'}?")
     config_json = read_json(directory / "config.json")
     source = find_text(data, split=split, column=column)
     words = load_tokenizer(tokenizer or str(directory))
@@ -80,8 +82,8 @@ def evaluate_perplexity(
         transformers.utils.logging.disable_progress_bar()
     net = _load(directory)
     limit = getattr(net.config, "max_position_embeddings", None)
-    context = context or limit or 1024
-    stride = stride or max(1, context // 2)
+    context = context if context is not None else limit or 1024
+    stride = stride if stride is not None else max(1, context // 2)
     if context < 2 or (limit and context > limit):
         raise ConfigError(f"context is {context}; it must be from 2 to {limit or 'any number'}, what the model takes.")
     if not 1 <= stride < context:
@@ -89,11 +91,11 @@ def evaluate_perplexity(
     if batch < 1:
         raise ConfigError(f"batch is {batch}; it must be at least 1.")
 
-    texts = []
+    pieces = list(source.pieces())
+    texts = [piece.text for piece in pieces]
     tokens: list[int] = []
-    for piece in source.pieces():
-        texts.append(piece.text)
-        tokens += token_ids(words, [piece.text])[0]
+    for piece, ids in zip(pieces, token_ids(words, texts), strict=True):
+        tokens += ids
         if piece.ends_document:
             tokens.append(words.eos_token_id)
     if len(tokens) < 2:

@@ -34,6 +34,6 @@ def gate(name: str, result: torch.Tensor, same_dtype: torch.Tensor, exact: torch
     scale = exact.double().abs().max().clamp_min(torch.finfo(torch.float64).tiny)
     error = float((result.double() - exact.double()).abs().max() / scale)
     allowed = 2 * float((same_dtype.double() - exact.double()).abs().max() / scale) + floor
-    if error > allowed:
+    if not error <= allowed:  # not a number fails too
         raise MeasurementError(f"{name}: relative error {error:.3g}, allowed are {allowed:.3g}. Not timed.")
     return error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,6 +50,7 @@ def compare_steps(
     autocast: torch.dtype | None,
     rounds: int,
     seconds_a_step: float,
+    seconds: float = math.inf,
 ) -> tuple[int, dict[str, Timing]]:
     """Times a training step of each model, alternating.
 
@@ -59,6 +61,7 @@ def compare_steps(
         autocast: see `training_step`.
         rounds: timed steps of each model.
         seconds_a_step: see `most`.
+        seconds: time there is for all of it; fewer rounds are timed, but two at least, where it does not suffice.
 
     Returns:
         The number of sequences in the timed step, and the timings.
@@ -70,6 +73,7 @@ def compare_steps(
         return {name: training_step(model, ids, autocast) for name, model in models.items()}
 
     first = next(iter(models))
-    single = alternate(steps(1), rounds=1)[first].median
+    single = alternate(steps(1), rounds=1, warmup=0 if seconds < math.inf else 1)[first].median
     batch = max(1, min(most, int(seconds_a_step / single)))
-    return batch, alternate(steps(batch), rounds=rounds)
+    affordable = seconds / (len(models) * batch * single)
+    return batch, alternate(steps(batch), rounds=int(max(2, min(rounds, affordable))))

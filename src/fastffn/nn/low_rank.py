@@ -83,10 +83,11 @@ class LowRankLinear(nn.Module):
             self.a.weight.normal_().mul_(deviation)
             self.b.weight.normal_().mul_(deviation)
             return
-        u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+        wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        u, s, vh = torch.linalg.svd(wide, full_matrices=False)
         u, s, vh = u[:, :rank], s[:rank], vh[:rank]
         if rescale:
-            s = s * (weight.detach().float().norm() / s.norm().clamp_min(torch.finfo(s.dtype).tiny))
+            s = s * (wide.norm() / s.norm().clamp_min(torch.finfo(s.dtype).tiny))
         root = s.sqrt()
         self.a.weight.copy_(root[:, None] * vh)
         self.b.weight.copy_(u * root)

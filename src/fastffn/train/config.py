@@ -81,8 +81,9 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         """Checks what can be checked before any text is read."""
-        for name in ("layers", "d_model", "heads", "sequence", "batch", "evaluate_every", "checkpoint_every"):
+        for name in ("layers", "d_model", "heads", "batch", "evaluate_every", "checkpoint_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        _require(self.sequence >= 2, "sequence", self.sequence, "must be at least 2: each token predicts the next")
         for name in ("d_hidden", "micro_batch", "steps", "vocabulary", "log_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "must be at least 1")
@@ -108,12 +109,8 @@ class PretrainConfig:
             self.dense_warmup,
             f"must be at least 0 and below switch ({self.switch})",
         )
-        _require(
-            (self.steps is None) != (self.epochs is None),
-            "steps",
-            f"{self.steps} and epochs {self.epochs}",
-            "one of the two must be given, and only one",
-        )
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError(f"steps is {self.steps} and epochs is {self.epochs}; give one of the two, and only one.")
         if self.d_model % self.heads:
             divisors = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0]
             nearest = min(divisors, key=lambda n: abs(n - self.heads))
@@ -210,8 +207,15 @@ class PretrainConfig:
         for name in values:
             if name not in own and name not in options:
                 raise ConfigError(f"Unknown field '{name}'.{did_you_mean(name, own | set(options))}")
+        # With and without a slash at the end it is the same folder, and the same run.
+        values = {
+            n: v.rstrip("/") if n in _PATHS and isinstance(v, str) and len(v) > 1 else v for n, v in values.items()
+        }
         chosen = {name: value for name, value in values.items() if name in options and value is not None}
         return cls(**{name: value for name, value in values.items() if name in own}, ffn_options=chosen)
+
+
+_PATHS = ("data", "validation", "tokenizer")
 
 
 def mergeable_kinds() -> list[str]:

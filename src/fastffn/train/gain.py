@@ -62,8 +62,9 @@ def measure_gain(
         autocast=autocast,
         rounds=6,
         seconds_a_step=1.0,
+        seconds=15.0,
     )
     dense, factorised = timings["dense"].median, timings["factorised"].median
     bound = step_bound(shape, ffn)
-    saving = share * (1 - factorised / dense)
+    saving = max(0.0, share * (1 - factorised / dense))
     return Gain(dense, factorised, batch, bound.speedup, bound.speedup_of_free_ffn, saving)

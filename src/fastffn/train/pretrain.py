@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 
 import torch
 
-from fastffn.convert.files import read_json
+from fastffn.convert.files import read_json, write_json
 from fastffn.convert.fresh import fresh_gpt2
 from fastffn.data.blocks import TokenBlocks, collate, token_blocks
 from fastffn.data.text import find_text
 from fastffn.data.tokenizer import load_tokenizer, train_tokenizer, training_size
-from fastffn.errors import ConfigError, DataError
+from fastffn.errors import CheckpointError, ConfigError, DataError
 from fastffn.measure.machine import describe_machine
 from fastffn.train import rundir
 from fastffn.train.config import PretrainConfig
@@ -56,6 +57,8 @@ def pretrain(config: PretrainConfig, output: Path, *, overwrite: bool = False) -
     run = _Run(config, output, resumed=resumed)
     if not resumed:
         rundir.claim_run(output, config)
+    rundir.check_text(output, run.blocks.identity, resumed=resumed)
+    run.tokenizer.model_max_length = config.sequence
     run.tokenizer.save_pretrained(output / "tokenizer")
     return run.results()
 
@@ -185,15 +188,19 @@ class _Run:
             records["warmup"] = self._train(stages["warmup"], model=None, seconds=0.0)
             begun = time.perf_counter()
             start = output / "factorised"
-            if not start.is_dir():
-                checkpoint = self._final_checkpoint("warmup")
+            record = rundir.finished_stage(start)
+            if record is None:
+                shutil.rmtree(start, ignore_errors=True)  # stopped before its time was noted
                 factorise_stage(
-                    checkpoint,
+                    self._final_checkpoint("warmup"),
                     start,
                     config.ffn_config(),
                     lambda model: self._trainer(stages["stage1"], model),
                 )
-            seconds = records["warmup"]["seconds"] + time.perf_counter() - begun
+                record = {"seconds": time.perf_counter() - begun}
+                rundir.finish_stage(start, record)
+            records["factorise"] = record
+            seconds = records["warmup"]["seconds"] + record["seconds"]
         records["stage1"] = self._train(stages["stage1"], model=start, seconds=seconds, carry=start is not None)
         records["merge"] = self._merge(stages)
         seconds = records["stage1"]["seconds"] + records["merge"]["seconds"]
@@ -220,15 +227,22 @@ class _Run:
     def _gain(self, stages: dict[str, Stage]) -> dict[str, Any]:
         stage1, stage2 = stages["stage1"], stages["stage2"]
         share = 0.5 if self.config.restart else (stage1.end - stage1.begin) / stage2.end
+        kept = self.output / "gain.json"
+        if kept.is_file():
+            return read_json(kept)
+        _say("Timing a few training steps at this shape ...")
         gain: Gain = measure_gain(self.config, len(self.tokenizer), self.device, self.autocast, share)
+        write_json(kept, gain.to_dict())
         _say(
             f"A training step at this shape: dense {gain.dense_seconds:.3f} s, factorised "
             f"{gain.factorised_seconds:.3f} s, {gain.ratio:.2f} times as fast (arithmetic allows {gain.bound:.2f}, an "
             f"FFN that cost nothing {gain.free_ffn_bound:.2f}). "
             f"Stage 1 can save {gain.saving:.0%} of the run's seconds."
         )
-        if gain.ratio <= 1.0:
-            _say("Factorised steps are not faster here: train dense.")
+        if gain.ratio < 0.97:
+            _say("Factorised steps are slower here: train dense.")
+        elif gain.ratio < 1.05:
+            _say("Too close to call: at this shape stage 1 gains nothing that could be told from noise.")
         return gain.to_dict()
 
     def _arguments(self, directory: Path, stage: Stage | None = None) -> Any:
@@ -248,10 +262,13 @@ class _Run:
         if precision == "auto":
             precision = "bf16" if _accelerator_has_bf16() else "fp32"
         steps = stage.total if stage else 1
+        warmup = min(config.warmup_steps, steps // 2)
         if config.schedule == "wsd":
             schedule = "warmup_stable_decay"
+            decay = max(1, round(config.decay * steps))
+            warmup = min(warmup, max(0, steps - decay))
             options = {
-                "num_decay_steps": max(1, round(config.decay * steps)),
+                "num_decay_steps": decay,
                 "min_lr_ratio": config.min_lr_ratio,
                 "decay_type": "linear",
             }
@@ -266,7 +283,7 @@ class _Run:
             learning_rate=stage.learning_rate if stage else config.learning_rate,
             lr_scheduler_type=schedule,
             lr_scheduler_kwargs=options,
-            warmup_steps=min(config.warmup_steps, steps // 2),
+            warmup_steps=warmup,
             weight_decay=config.weight_decay,
             adam_beta1=config.beta1,
             adam_beta2=config.beta2,
@@ -310,11 +327,16 @@ class _Run:
             frobenius=config.frobenius_decay,
             model=model,
             args=self._arguments(self.output / stage.name, stage),
-            train_dataset=self.blocks.train,
+            train_dataset=self._whole_batches(),
             eval_dataset=self.blocks.validation,
             data_collator=collate,
             processing_class=self.tokenizer,
         )
+
+    def _whole_batches(self) -> Any:
+        """The training blocks without the rest that fills no batch: every step is of the same size."""
+        rows = self.blocks.train
+        return rows.select(range(len(rows) // self.config.batch * self.config.batch))
 
     def _train(self, stage: Stage, *, model: Path | None, seconds: float, carry: bool = False) -> dict[str, Any]:
         """Trains one stage, or returns what it recorded when it was trained before.
@@ -343,14 +365,26 @@ class _Run:
             )
         checkpoint = rundir.last_checkpoint(directory)
         if checkpoint is not None:
-            rundir.check_loadable(checkpoint)
             _say(f"{stage.name}: going on from {checkpoint.name}.")
         elif carry:
             checkpoint = model
-        trainer = self._trainer(stage, start, seconds=seconds, since=since)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        if checkpoint is not None:
+            try:
+                rundir.check_resumable(checkpoint)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{error} Delete {checkpoint}: the same command then goes on from what was there before."
+                ) from error
+        state = read_json(checkpoint / "trainer_state.json") if checkpoint is not None else {}
+        if state.get("global_step", 0) >= stage.end:
+            # Stopped after its last step, before its model was in place.
+            trainer = self._trainer(stage, checkpoint)
+            history = state["log_history"]
+        else:
+            trainer = self._trainer(stage, start, seconds=seconds, since=since)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+            history = trainer.state.log_history
         trainer.save_model(str(directory))
-        history = trainer.state.log_history
         begin = 0 if not carry else stage.begin
         curve = [
             {"step": entry["step"], "seconds": entry["train_seconds"], "loss": entry["eval_loss"]}
@@ -380,6 +414,7 @@ class _Run:
         if record is not None:
             rundir.check_loadable(target)
             return record
+        shutil.rmtree(target, ignore_errors=True)  # stopped before its time was noted
         begun = time.perf_counter()
         source = self._final_checkpoint("stage1")
         rundir.check_loadable(source)

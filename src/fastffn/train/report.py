@@ -42,8 +42,8 @@ def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     stages = results["stages"]
     table: list[tuple[str, ...]] = []
     for name, record in stages.items():
-        if name == "merge":
-            table.append(("merge", "", "", f"{record['seconds']:.1f}", "", "", ""))
+        if name in ("factorise", "merge"):
+            table.append((name, "", "", f"{record['seconds']:.1f}", "", "", ""))
             continue
         table.append(_row(name, record, record["own_seconds"]))
     parts = [stages[name] for name in TWO_STAGE if name in stages]
@@ -108,7 +108,6 @@ def write_report(output: Path, results: dict[str, Any]) -> None:
     results["time_to_loss"] = {
         baseline: found for baseline in BASELINES if (found := time_to_loss(results["stages"], baseline))
     }
-    write_json(output / "results.json", results)
     plot(results, output / "loss_vs_time.png")
     config, machine, gain = results["config"], results["machine"], results["gain"]
     chosen = {name: results["config"][name] for name in ("ffn", "rank", "start") if config.get(name) is not None}
@@ -163,6 +162,8 @@ def write_report(output: Path, results: dict[str, Any]) -> None:
         "",
     ]
     write_text(output / "report.md", "\n".join(lines))
+    # Last: it is what says that the run is complete.
+    write_json(output / "results.json", results)
 
 
 def _quoted(text: str) -> list[str]:

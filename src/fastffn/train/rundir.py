@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from fastffn.convert.files import read_json, write_json, write_text
+from fastffn.convert.files import make_directory, read_json, write_json, write_text
 from fastffn.errors import CheckpointError, ConfigError, OutputError
 from fastffn.train.config import PretrainConfig
 
@@ -26,6 +26,8 @@ CONTENTS = (
     "merged",
     "stage2",
     "tokenizer",
+    "text.json",
+    "gain.json",
     "results.json",
     "report.md",
     "loss_vs_time.png",
@@ -45,6 +47,9 @@ def check_run(output: Path, config: PretrainConfig, *, overwrite: bool) -> bool:
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file; name a directory for the run.")
     there = sorted(path.name for path in output.iterdir()) if output.exists() else []
+    # Nothing trained yet: nothing to go on with, and nothing to lose.
+    if set(there) <= {CONFIG, "tokenizer", "text.json", "gain.json"} and CONFIG in there:
+        return False
     if there and overwrite:
         foreign = [name for name in there if name not in CONTENTS and ".partial-" not in name]
         if foreign:
@@ -72,7 +77,7 @@ def claim_run(output: Path, config: PretrainConfig) -> None:
     """Makes `output` this run's, after `check_run`: deletes another run in it and writes `config.yaml`."""
     for path in sorted(output.iterdir()) if output.exists() else []:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    output.mkdir(parents=True, exist_ok=True)
+    make_directory(output)
     write_text(output / CONFIG, dump_config(config))
 
 
@@ -115,6 +120,29 @@ def finished_stage(directory: Path) -> dict[str, Any] | None:
 def finish_stage(directory: Path, record: dict[str, Any]) -> None:
     """Marks a stage as finished."""
     write_json(directory / STAGE, record)
+
+
+def check_text(output: Path, identity: str, *, resumed: bool) -> None:
+    """Keeps the identity of the run's token blocks, or compares with it.
+
+    Raises:
+        OutputError: the run was begun on other text.
+    """
+    path = output / "text.json"
+    if resumed and path.is_file() and read_json(path).get("identity") != identity:
+        raise OutputError(
+            f"The text has changed since the run in {output} was begun; its stages would not be comparable. "
+            "Restore the text, name another directory, or pass --overwrite to start anew."
+        )
+    write_json(path, {"identity": identity})
+
+
+def check_resumable(directory: Path) -> None:
+    """Raises CheckpointError, naming the file, if training cannot go on from a checkpoint."""
+    check_loadable(directory)
+    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{directory / name} is missing; training cannot go on from this checkpoint.")
 
 
 def check_loadable(directory: Path) -> None:

@@ -166,7 +166,6 @@ class Console(TrainerCallback):
         self.bar: Any = None
         self.interactive = sys.stderr.isatty()
         self._last = (0, 0.0)
-        self._shown: dict[str, str] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -176,8 +175,8 @@ class Console(TrainerCallback):
         self._last = (state.global_step, logged[-1] if logged else 0.0)
         if self.interactive and state.is_world_process_zero:
             self.bar = tqdm(
-                total=self.stage.end - self.stage.begin,
-                initial=state.global_step - self.stage.begin,
+                total=self.stage.end,
+                initial=state.global_step,
                 desc=self.stage.name,
                 unit="step",
                 dynamic_ncols=True,
@@ -201,9 +200,14 @@ class Console(TrainerCallback):
         if not state.is_world_process_zero or ("loss" not in logs and "eval_loss" not in logs):
             return
         if self.bar is not None:
-            self._shown |= {key: f"{logs[key]:.3f}" for key in ("loss", "eval_loss") if key in logs}
-            self.bar.set_postfix(self._shown)
+            if "eval_loss" in logs:
+                self.bar.write(self._line(state, logs), file=sys.stderr)
+            else:
+                self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
             return
+        print(self._line(state, logs), flush=True)
+
+    def _line(self, state: TrainerState, logs: dict[str, Any]) -> str:
         if "eval_loss" in logs:
             what = f"validation loss {logs['eval_loss']:.4f}"
         else:
@@ -211,7 +215,7 @@ class Console(TrainerCallback):
             self._last = (state.global_step, logs["train_seconds"])
             speed = (state.global_step - step) * self.tokens_per_step / max(1e-9, logs["train_seconds"] - before)
             what = f"loss {logs['loss']:.4f}  rate {logs['learning_rate']:.2e}  {speed:,.0f} tokens/s"
-        print(f"{self.stage.name}  step {state.global_step}/{self.stage.end}  {what}", flush=True)
+        return f"{self.stage.name}  step {state.global_step}/{self.stage.end}  {what}"
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -249,12 +253,16 @@ class StageTrainer(Trainer):
             groups = parameter_groups(trained, self.stage, decay, self.args.weight_decay, self.frobenius)
             self.optimizer = cls(groups, **options)
             if self.frobenius and self.args.weight_decay:
-                # A hook of the optimizer's own: it does not run when fp16's loss scaling skips a step.
+                # A hook of the optimizer's own: it runs exactly when the optimizer does.
                 self.optimizer.register_step_pre_hook(self._decay_products)
         optimizer: torch.optim.Optimizer = self.optimizer
         return optimizer
 
     def _decay_products(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # fp16: where the loss scaling found infinite gradients, a fused optimizer is called and does nothing.
+        found = getattr(optimizer, "found_inf", None)
+        if found is not None and bool(found):
+            return
         amount = optimizer.param_groups[SWITCHED]["lr"] * self.args.weight_decay
         for _, module in fastffn_modules(cast(nn.Module, self.model)):
             module.decay_product_(amount)
@@ -276,13 +284,37 @@ class StageTrainer(Trainer):
         """See `Trainer.training_step`; a loss that is no number ends the run before it reaches the weights."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(float(loss)):
-            raise TrainingDivergedError(
-                f"The loss is {float(loss)} in step {self.state.global_step + 1} of stage '{self.stage.name}'. "
-                "Training stopped; weights were not changed by this step, and the last checkpoint in "
-                f"{self.args.output_dir} is kept. "
-                "Lower the learning rate, lengthen the warm-up, or use bf16 or fp32 instead of fp16."
-            )
+            raise self._diverged(f"The loss is {float(loss)} in step {self.state.global_step + 1}")
         return loss
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """See `Trainer.get_eval_dataloader`; every block counts, those of a last, smaller batch too."""
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """See `Trainer.evaluate`."""
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        if not math.isfinite(metrics.get("eval_loss", 0.0)):
+            raise self._diverged(f"The validation loss is {metrics['eval_loss']} after step {self.state.global_step}")
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """See `Trainer.save_model`; weights that are no numbers are not written."""
+        trained = cast(nn.Module, self.model)
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in trained.parameters()):
+            raise self._diverged(f"Weights are infinite or not numbers after step {self.state.global_step}")
+        super().save_model(output_dir, _internal_call)
+
+    def _diverged(self, what: str) -> TrainingDivergedError:
+        return TrainingDivergedError(
+            f"{what} of stage '{self.stage.name}'. Training stopped; the last good checkpoint in "
+            f"{self.args.output_dir} is kept. Lower the learning rate, lengthen the warm-up, or use bf16 or fp32 "
+            "instead of fp16."
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """See `Trainer.log`."""
