@@ -20,9 +20,8 @@ def _fields_of(path: Path) -> dict[str, Any]:
     from fastffn.train.rundir import read_config
 
     if not path.is_file():
-        raise ConfigError(
-            f"{path} {'is no file' if path.exists() else 'does not exist'}; --config names a YAML file of fields, such as a run's config.yaml."
-        )
+        what = "is no file" if path.exists() else "does not exist"
+        raise ConfigError(f"{path} {what}; --config names a YAML file of fields, such as a run's config.yaml.")
     return read_config(path)
 
 
