@@ -80,6 +80,17 @@ def test_merge_without_a_hugging_face_model() -> None:
     assert isinstance(fastffn.merge(LowRankFFN(LowRankConfig(d_model=8, rank=2))), DenseFFN)
 
 
+def test_frozen_stays_frozen(gpt2) -> None:
+    gpt2.transformer.h[0].mlp.requires_grad_(False)
+    fastffn.convert(gpt2, LowRankConfig(rank=5))
+    trainable = [all(p.requires_grad for p in block.mlp.parameters()) for block in gpt2.transformer.h]
+    assert trainable == [False, True]
+    assert not any(p.requires_grad for p in gpt2.transformer.h[0].mlp.parameters())
+    fastffn.merge(gpt2)
+    assert [p.requires_grad for p in gpt2.transformer.h[0].mlp.parameters()] == [False] * 4
+    assert [p.requires_grad for p in gpt2.transformer.h[1].mlp.parameters()] == [True] * 4
+
+
 def test_half_and_float_go_on_working(gpt2, tokens) -> None:
     fastffn.convert(gpt2, LowRankConfig(rank=5))
     assert gpt2.half().transformer.h[0].mlp.up.a.weight.dtype == torch.float16

@@ -41,6 +41,13 @@ def test_save_and_load(gpt2, tokens, tmp_path) -> None:
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again")(tokens).logits, gpt2(tokens).logits)
 
 
+def test_load_with_the_configuration_of_another_one(gpt2, tokens, tmp_path) -> None:
+    fastffn.convert(gpt2, LowRankConfig(rank=5))
+    gpt2.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, config=gpt2.config)
+    assert torch.equal(loaded(tokens).logits, gpt2(tokens).logits)
+
+
 def test_layers_that_differ(gpt2, tokens, tmp_path) -> None:
     fastffn.convert(gpt2, LowRankConfig(rank=5), filter=lambda path: ".1." in path)
     gpt2.save_pretrained(tmp_path)

@@ -50,6 +50,13 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def _as_trainable_as(old: nn.Module, new: nn.Module) -> nn.Module:
+    """`new`, frozen if `old` was."""
+    if not any(parameter.requires_grad for parameter in old.parameters()):
+        new.requires_grad_(False)
+    return new
+
+
 def convert(model: nn.Module, config: FFNConfig, *, filter: Callable[[str], bool] | None = None) -> ConversionReport:
     """Replaces the FFNs of a Hugging Face model, in place, each by an approximation made from its weights.
 
@@ -86,7 +93,7 @@ def convert(model: nn.Module, config: FFNConfig, *, filter: Callable[[str], bool
     replacements = {}
     for path, ffn in chosen:
         dense = family.to_dense(ffn, model_config)
-        replacements[path] = kind.module.from_dense(dense, config)
+        replacements[path] = _as_trainable_as(ffn, kind.module.from_dense(dense, config))
     layers = []
     for path, ffn in found:
         new = replacements.get(path)
@@ -119,13 +126,14 @@ def merge(model: nn.Module) -> nn.Module:
     if not modules:
         raise ConversionError(f"Nothing to merge: {type(model).__name__} holds no FastFFN module.")
     merged = {path: module.merge() for path, module in modules}
+    originals = dict(modules)
     if "" in merged:
         return merged[""]
     model_config: Any = getattr(model, "config", None)
     has_family = hasattr(model_config, "model_type")
     for path, dense in merged.items():
         own = match.family_of(model_config).from_dense(dense, model_config) if has_family else dense
-        match.replace_module(model, path, own)
+        match.replace_module(model, path, _as_trainable_as(originals[path], own))
     if has_family:
         from fastffn.convert import io
 
