@@ -7,7 +7,6 @@ from typing import Any
 
 from tabulate import tabulate
 
-from fastffn.nn import FFNConfig
 from fastffn.registry import kinds
 from fastffn.train.config import PRESETS, PretrainConfig, get_preset
 
@@ -16,7 +15,7 @@ def kinds_table() -> str:
     """One row for each registered kind."""
     rows = []
     for kind in kinds().values():
-        own = [f.name for f in dataclasses.fields(kind.config) if f.name not in FFNConfig.MODEL_FIELDS]
+        own = kind.config.own_fields()
         merges = kind.module.merged_tensors(kind.config(d_model=4).resolved()) is not None
         rows.append(
             (

@@ -178,9 +178,7 @@ def test_the_clock_leaves_validation_and_checkpoints_out(gpt2, rows, tmp_path, m
 
         return call
 
-    fast = trainer_for(gpt2, rows, tmp_path / "fast")
-    fast.train()
-    trainer = trainer_for(gpt2, rows, tmp_path / "slow")
+    trainer = trainer_for(gpt2, rows, tmp_path)
     monkeypatch.setattr(trainer, "evaluate", slow(trainer.evaluate))
     monkeypatch.setattr(trainer, "save_model", slow(trainer.save_model))
     start = time.perf_counter()

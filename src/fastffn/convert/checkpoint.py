@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -100,8 +99,7 @@ def merge_checkpoint(source: Path, target: Path, *, max_shard_bytes: int = 50_00
             continue
         kind = kind_of(config)
         dense = family.dense_config(ffn, model_config)
-        widths = {name: getattr(dense, name) for name in config.MODEL_FIELDS if hasattr(config, name)}
-        rules = kind.module.merged_tensors(dataclasses.replace(config, **widths).resolved())
+        rules = kind.module.merged_tensors(config.fitted_to(dense).resolved())
         if rules is None:
             raise KindError(f"{path} is of kind '{kind.name}', for which there is no equal dense FFN: not merged.")
         layers.append(path)

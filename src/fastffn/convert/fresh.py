@@ -77,6 +77,6 @@ def step_bound(shape: GPT2Shape, ffn: FFNConfig) -> StepBound:
     """The FLOPs of a training step on one sequence: dense, with `ffn`, and without FFNs."""
     with torch.device("meta"):
         dense, other = fresh_gpt2(shape), fresh_gpt2(shape, ffn)
-    flops = step_flops(dense, 1, shape.sequence)
+    flops = step_flops(dense, shape.sequence)
     without_ffn = flops - shape.sequence * shape.ffn_flops_per_token
-    return StepBound(flops, step_flops(other, 1, shape.sequence), without_ffn)
+    return StepBound(flops, step_flops(other, shape.sequence), without_ffn)

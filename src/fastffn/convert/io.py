@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import collections
 import copy
-import dataclasses
 import json
 import re
 from typing import Any
@@ -45,8 +44,8 @@ DECOY_SHAPE = (1, 1, 1, 1, 1, 1, 1)
 
 def describe(config: FFNConfig) -> dict[str, Any]:
     """A kind and its fields as plain values, without those that are read off the model."""
-    fields = {field.name for field in dataclasses.fields(config)} - config.MODEL_FIELDS
-    return {"kind": kind_of(config).name} | {name: v for name, v in config.to_dict().items() if name in fields}
+    values = config.to_dict()
+    return {"kind": kind_of(config).name} | {name: values[name] for name in config.own_fields()}
 
 
 def undescribe(values: dict[str, Any]) -> FFNConfig:
@@ -129,9 +128,8 @@ class FastFFNQuantizer(HfQuantizer):
                 continue
             kind = kind_of(config)
             dense = family.dense_config(ffn, model.config)
-            widths = {name: getattr(dense, name) for name in config.MODEL_FIELDS if hasattr(config, name)}
             with torch.device("meta"):
-                new = kind.module(dataclasses.replace(config, **widths))
+                new = kind.module(config.fitted_to(dense))
             new.to(next(ffn.parameters()).dtype)
             match.replace_module(model, path, new)
             needed += [f"{relative_path(path, model)}.{name}" for name in new.state_dict()]

@@ -32,15 +32,15 @@ def count_flops(run: Callable[[], object], *, causal: bool = True) -> int:
     return total
 
 
-def step_flops(model: nn.Module, batch: int, sequence: int) -> int:
-    """Forward and backward FLOPs of a causal language model (on device "meta") on `[batch, sequence]` tokens."""
+def step_flops(model: nn.Module, sequence: int) -> int:
+    """Forward and backward FLOPs of a causal language model (on device "meta") on one sequence."""
 
     def run() -> Any:
         ids = torch.zeros(1, sequence, dtype=torch.long, device="meta")
         # With a cache transformers does not look into the tokens for packed sequences; "meta" tokens have no values.
         return model(input_ids=ids, labels=ids, use_cache=True).loss.backward()
 
-    return batch * count_flops(run)
+    return count_flops(run)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,16 @@ class FFNConfig:
             )
         return dataclasses.replace(self, d_out=self.d_out or self.d_model)
 
+    @classmethod
+    def own_fields(cls) -> list[str]:
+        """Names of the fields that the user chooses: those that are not read off a model."""
+        return [field.name for field in dataclasses.fields(cls) if field.name not in cls.MODEL_FIELDS]
+
+    def fitted_to(self, dense: FFNConfig) -> Self:
+        """The same choices with the widths, activation, dropout, biases and gate of `dense`."""
+        names = {field.name for field in dataclasses.fields(self)} & self.MODEL_FIELDS
+        return dataclasses.replace(self, **{name: getattr(dense, name) for name in names})
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for JSON."""
         return dataclasses.asdict(self)
@@ -143,10 +153,8 @@ class FFN(nn.Module, Generic[C]):
         recipe = self.merged_tensors(self.config)
         if recipe is None:
             raise KindError(f"{type(self).__name__} cannot be merged: no dense FFN computes the same function.")
-        shared = {field.name for field in dataclasses.fields(DenseConfig)}
-        values = {name: value for name, value in self.config.to_dict().items() if name in shared}
         with torch.device("meta"):
-            dense = DenseFFN(DenseConfig(**values))
+            dense = DenseFFN(DenseConfig().fitted_to(self.config))
         state = self.state_dict()
         merged = {
             name: rule.combine(*(state[source] for source in rule.sources))

@@ -116,7 +116,7 @@ class LowRankFFN(LinearMapFFN[LowRankConfig]):
 
     def __init__(self, config: LowRankConfig) -> None:
         super().__init__(config)
-        dense = DenseFFN(DenseConfig(**{name: getattr(self.config, name) for name in _dense_fields()}))
+        dense = DenseFFN(DenseConfig().fitted_to(self.config))
         # Without weights (device "meta": a checkpoint is about to be loaded) there is nothing to start from.
         if not any(parameter.is_meta for parameter in dense.parameters()):
             self._start_from(dense)
@@ -143,9 +143,8 @@ class LowRankFFN(LinearMapFFN[LowRankConfig]):
 
         With `rank = min(in, out)` and a spectral start the function stays the same, up to rounding.
         """
-        widths = {name: getattr(dense.config, name) for name in _dense_fields()}
         with torch.device("meta"):
-            module = cls(dataclasses.replace(config, **widths))
+            module = cls(config.fitted_to(dense.config))
         like = next(dense.parameters())
         module.to(like.dtype).to_empty(device=like.device)
         module._start_from(dense)
@@ -172,7 +171,3 @@ class LowRankFFN(LinearMapFFN[LowRankConfig]):
             step_b, step_a = b @ (a @ a.T), (b.T @ b) @ a
             b.sub_(step_b, alpha=amount)
             a.sub_(step_a, alpha=amount)
-
-
-def _dense_fields() -> list[str]:
-    return [field.name for field in dataclasses.fields(DenseConfig)]

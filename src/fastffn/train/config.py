@@ -177,7 +177,7 @@ class PretrainConfig:
                 f"baseline itself); choose from {', '.join(mergeable)}."
             )
         options = {name: value for name, value in self.ffn_options.items() if value is not None}
-        known = {f.name for f in dataclasses.fields(kind.config)} - FFNConfig.MODEL_FIELDS
+        known = kind.config.own_fields()
         for name in options:
             if name not in known:
                 raise ConfigError(
@@ -234,12 +234,9 @@ def ffn_option_types() -> dict[str, tuple[type, str]]:
     for name in mergeable_kinds():
         kind = get_kind(name)
         hints = get_type_hints(kind.config)
-        for option in dataclasses.fields(kind.config):
-            if option.name in FFNConfig.MODEL_FIELDS:
-                continue
-            plain = plain_type(hints[option.name])
-            owners = f"{options[option.name][1]}, {name}" if option.name in options else name
-            options[option.name] = (plain, owners)
+        for option in kind.config.own_fields():
+            owners = f"{options[option][1]}, {name}" if option in options else name
+            options[option] = (plain_type(hints[option]), owners)
     return options
 
 
