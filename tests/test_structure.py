@@ -26,8 +26,9 @@ FLOORS = [
     {"ops"},
     {"errors", "settings", "registry"},
 ]
-# `fastffn.hf` is only the import that registers `convert.io`; it stands on that floor.
-FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms} | {"hf": 3}
+# `fastffn.hf` is only the import that registers `convert.io`; it stands on that floor, `__main__` on that of the
+# commands.
+FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms} | {"hf": 3, "__main__": 0}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

@@ -45,6 +45,10 @@ class OutputError(FastFFNError, FileExistsError):
     """An output directory already holds something else."""
 
 
+class WriteError(FastFFNError, OSError):
+    """A file could not be written to its end: the disk is full, or a limit is reached."""
+
+
 class MissingDependencyError(FastFFNError, ImportError):
     """An optional package is needed and not installed."""
 
@@ -53,6 +57,14 @@ class TrainingDivergedError(FastFFNError, ArithmeticError):
     """The training loss is no longer a number."""
 
     exit_code = 1
+
+
+class MainProcessError(FastFFNError, RuntimeError):
+    """The process that decides for all has stopped; it has said why."""
+
+    def __init__(self, message: str, *, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class MeasurementError(FastFFNError, AssertionError):

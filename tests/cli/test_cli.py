@@ -53,7 +53,7 @@ def model(text_file, tmp_path_factory) -> Path:
     # Elsewhere than on a terminal there are no progress bars, and no chatter of libraries.
     assert "%|" not in done.stderr
     assert "[transformers]" not in done.stderr
-    assert any(line.startswith("stage1  step 5/6") for line in done.stderr.splitlines())
+    assert any(line.startswith("stage1  step 6/6") for line in done.stderr.splitlines())
     assert results["stages"]["stage2"]["steps"] == 4
     return output
 

@@ -49,7 +49,6 @@ def test_options_come_from_the_registry() -> None:
         ({"rank": 257}, r"min\(in, out\) = 256"),
         ({"rank": 33, "d_hidden": 32}, r"min\(in, out\) = 32"),
         ({"heads": 7}, "heads is 7, which does not divide d_model 256; the nearest that does is 8"),
-        ({"ffn": "dense"}, "low_rank"),
         ({"ffn": "low-rank"}, "Did you mean 'low_rank'"),
         ({"learnng_rate": 1}, "Did you mean 'learning_rate'"),
         ({"batch": 6, "micro_batch": 4}, "does not divide"),

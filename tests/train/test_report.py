@@ -38,7 +38,10 @@ def results() -> dict:
             "dense_learning_rate": None,
             "seed": 0,
             "data": "text",
+            "init_from": None,
         },
+        "ffn": ["rank", "start"],
+        "processes": 1,
         "machine": {
             "processor": "P",
             "cpu_capability": "X",

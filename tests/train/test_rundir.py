@@ -50,17 +50,27 @@ def test_files_of_others_are_never_deleted(tmp_path) -> None:
             rundir.check_run(tmp_path, CONFIG, overwrite=overwrite)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="is a file"):
-        rundir.check_run(tmp_path / "file", CONFIG, overwrite=True)
+    with pytest.raises(OutputError, match="is a file"), rundir.locked(tmp_path / "file"):
+        pass
 
 
-def test_the_last_complete_checkpoint(tmp_path) -> None:
-    assert rundir.last_checkpoint(tmp_path / "nothing") is None
-    for number in (5, 40, 100, 200):
-        (tmp_path / f"checkpoint-{number}").mkdir()
-        if number != 200:
-            (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text("{}")
-    assert rundir.last_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+def test_the_lock_keeps_others_out_and_leaves_nothing(tmp_path) -> None:
+    (tmp_path / "run").mkdir()
+    for leftover in (".report.md.partial-1", ".merged.partial-x"):
+        (tmp_path / "run" / leftover).mkdir()
+    for name in ("run", "new/one"):
+        with rundir.locked(tmp_path / name):
+            assert {path.name for path in (tmp_path / name).iterdir()} == {rundir.LOCK}
+            with (
+                pytest.raises(OutputError, match=r"Another process trains in .*Wait for it"),
+                rundir.locked(tmp_path / name),
+            ):
+                pass
+            # The one that was refused did not take the lock away.
+            assert (tmp_path / name / rundir.LOCK).exists()
+            assert rundir.check_run(tmp_path / name, CONFIG, overwrite=False) is False
+    assert list((tmp_path / "run").iterdir()) == []
+    assert not (tmp_path / "new" / "one").exists()
 
 
 def test_damaged_files_are_named(tmp_path) -> None:

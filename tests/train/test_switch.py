@@ -25,8 +25,8 @@ def run(text_file, tmp_path_factory) -> _Run:
 @pytest.fixture(scope="module")
 def switched(run):
     """Warm-up, factorised, stage 1, merged: (directories, stages)."""
-    stages = run.stages()
-    run._train(stages["warmup"], model=None, seconds=0.0)
+    stages = run.stages
+    run._train(stages["warmup"])
     before = run._final_checkpoint("warmup")
     start = run.output / "factorised"
     factorise_stage(before, start, run.config.ffn_config(), lambda m: run._trainer(stages["stage1"], m))

@@ -10,9 +10,18 @@ from transformers import TrainingArguments
 import fastffn
 from fastffn import LowRankConfig
 from fastffn.errors import TrainingDivergedError
-from fastffn.train.trainer import SWITCHED, Clock, Stage, StageTrainer, parameter_groups, rewarmed
+from fastffn.train.plan import Stage
+from fastffn.train.trainer import SWITCHED, Clock, StageTrainer, parameter_groups, rewarmed
 
-STAGE = Stage("stage1", True, 0, 4, 10, 1e-3, 5e-3, 0, 0)
+STAGE = Stage(
+    name="stage1",
+    factorised=True,
+    end=4,
+    total=10,
+    learning_rate=1e-3,
+    switched_learning_rate=5e-3,
+    data_seed=0,
+)
 
 
 def decay_names(model) -> set[str]:
@@ -75,7 +84,6 @@ def trainer_for(model, rows, tmp_path, stage=STAGE, frobenius=True, **changes):
         stage=stage,
         clock=Clock(0.0, None),
         frobenius=frobenius,
-        tokens_per_step=32,
         model=model,
         args=TrainingArguments(**(settings | changes)),
         train_dataset=rows,

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from fastffn.errors import FastFFNError, did_you_mean
+from fastffn.errors import FastFFNError, MainProcessError, did_you_mean
 
 # Each name is a file in this folder with a click command `command`.
 COMMANDS = {
@@ -68,6 +68,8 @@ def run() -> None:
     except (click.Abort, KeyboardInterrupt):
         print("\nInterrupted. A run goes on from its last checkpoint with the same command.", file=sys.stderr)
         sys.exit(130)
+    except MainProcessError as error:
+        sys.exit(error.exit_code)
     except FastFFNError as error:
         print(textwrap.fill(f"Error: {error}", 100, break_on_hyphens=False), file=sys.stderr)
         sys.exit(error.exit_code)

@@ -13,7 +13,7 @@ import click
 
 from fastffn.cli.options import field_options, json_option, option_for
 from fastffn.errors import ConfigError, did_you_mean
-from fastffn.train.config import PRESETS, PretrainConfig, ffn_option_types, get_preset
+from fastffn.train.config import PRESETS, PretrainConfig, ffn_option_types, get_preset, start_fields
 
 
 def _fields_of(path: Path) -> dict[str, Any]:
@@ -64,13 +64,15 @@ def command(
     GPT-2. Fields come from the preset, then the YAML file, then the flags. The same command goes on with a run that
     was interrupted.
 
+    Several processes: torchrun --nproc-per-node 8 -m fastffn pretrain ... (or accelerate launch).
+
     Example: fastffn pretrain --data my_texts/ --tokenizer train:8192 --steps 2000 --output runs/mine
     """
     from fastffn.train.rundir import dump_config
 
     values = get_preset(preset)
-    if config_file is not None:
-        values |= _typed(ctx, _fields_of(config_file), config_file)
+    yaml_values = _typed(ctx, _fields_of(config_file), config_file) if config_file is not None else {}
+    values |= yaml_values
     values |= {name: value for name, value in flags.items() if value is not None}
     # Naming one of the two lengths replaces the other, which a preset may have set.
     for given, other in (("steps", "epochs"), ("epochs", "steps")):
@@ -79,6 +81,10 @@ def command(
     # So does a learning rate the preset's rates for parts of the model.
     if flags.get("learning_rate") is not None:
         values |= {name: flags.get(name) for name in ("dense_learning_rate", "factor_learning_rate")}
+    if values.get("init_from"):
+        chosen = set(yaml_values) | {name for name, value in flags.items() if value is not None}
+        found = start_fields(values["init_from"])
+        values |= {name: value for name, value in found.items() if name not in chosen}
     config = PretrainConfig.from_flat(values)
     if print_config:
         click.echo(dump_config(config), nl=False)
@@ -87,14 +93,16 @@ def command(
         raise ConfigError("--output is missing; name a directory for the run, such as runs/mine.")
     from transformers.utils import logging
 
+    from fastffn.train import processes
     from fastffn.train.pretrain import pretrain
 
     logging.disable_progress_bar()  # for each checkpoint read or written: they would tear the stages' bars apart
     # With --json the standard output is JSON and nothing else.
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         results = pretrain(config, output, overwrite=overwrite)
-    if as_json:
+    if as_json and processes.is_main():
         click.echo(json.dumps(results))
+    processes.leave()
 
 
 command.params.extend(field_options(PretrainConfig))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastffn.convert.api import convert
+from fastffn.convert.files import read_json
+from fastffn.errors import CheckpointError
 from fastffn.measure.flops import StepBound, step_flops
 from fastffn.nn import FFNConfig
 
@@ -24,6 +27,40 @@ class GPT2Shape:
     d_hidden: int | None = None
     activation: str = "gelu_pytorch_tanh"
     dropout: float = 0.0
+
+    @classmethod
+    def of_checkpoint(cls, directory: Path) -> GPT2Shape:
+        """The widths of the dense GPT-2 in a directory.
+
+        Raises:
+            CheckpointError: there is no checkpoint, it is none of a GPT-2, or its FFNs are not dense.
+        """
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory} is not a directory; name the directory of a checkpoint.")
+        if not (directory / "config.json").exists() and (directory / "stage2").is_dir():
+            raise CheckpointError(f"{directory} is a run, not a checkpoint. Did you mean {directory / 'stage2'}?")
+        values = read_json(directory / "config.json")
+        if values.get("model_type") != "gpt2":
+            raise CheckpointError(
+                f"{directory} holds a model of type {values.get('model_type')!r}; training can start from a 'gpt2'."
+            )
+        if "quantization_config" in values:
+            raise CheckpointError(
+                f"The FFNs of {directory} are not dense. Make them so with `fastffn merge {directory} DIRECTORY`."
+            )
+        from transformers import GPT2Config
+
+        config: Any = GPT2Config.from_dict(values)
+        return cls(
+            layers=config.n_layer,
+            d_model=config.n_embd,
+            heads=config.n_head,
+            d_hidden=config.n_inner,
+            sequence=config.n_positions,
+            vocabulary=config.vocab_size,
+            activation=config.activation_function,
+            dropout=config.resid_pdrop,
+        )
 
     def model_config(self, end_of_text: int = 0) -> Any:
         """The transformers configuration."""
@@ -71,6 +108,20 @@ def fresh_gpt2(shape: GPT2Shape, ffn: FFNConfig | None = None, *, seed: int = 0,
     if ffn is not None:
         convert(model, ffn)
     return model
+
+
+def started_gpt2(directory: Path, ffn: FFNConfig | None = None, *, seed: int = 0, dropout: float = 0.0) -> Any:
+    """A GPT-2 with the weights of a checkpoint; arguments as of `fresh_gpt2`."""
+    from transformers import GPT2LMHeadModel, set_seed
+
+    set_seed(seed)
+    model: Any = GPT2LMHeadModel.from_pretrained(
+        directory, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, dtype=torch.float32
+    )
+    model.config.use_cache = False
+    if ffn is not None:
+        convert(model, ffn)
+    return model.train()
 
 
 def step_bound(shape: GPT2Shape, ffn: FFNConfig) -> StepBound:

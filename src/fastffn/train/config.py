@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from fastffn.convert.fresh import GPT2Shape
@@ -38,6 +39,7 @@ class PretrainConfig:
     tokenizer: str = _field("train:4096", "directory or hub name, or train:N for a byte-level BPE of N tokens")
     vocabulary: int | None = _field(None, "number of tokens that the tokenizer must have; default: as many as it has")
     # Model
+    init_from: str | None = _field(None, "dense checkpoint to start from instead of random weights; fixes the shape")
     layers: int = _field(4, "Transformer blocks")
     d_model: int = _field(256, "width of the model")
     heads: int = _field(4, "attention heads")
@@ -46,7 +48,7 @@ class PretrainConfig:
     activation: str = _field("gelu_pytorch_tanh", "activation of the FFN (GPT-2's GELU, computed by one kernel)")
     dropout: float = _field(0.0, "dropout on embeddings, attention and residuals")
     # Stages
-    ffn: str = _field("low_rank", "kind of FFN in stage 1")
+    ffn: str = _field("low_rank", "kind of FFN in stage 1; dense: one ordinary run, without stages")
     ffn_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "fields of that kind"})
     steps: int | None = _field(360, "optimizer steps of a run (of each stage with --restart)")
     epochs: float | None = _field(None, "length in passes over the data instead of steps")
@@ -73,6 +75,7 @@ class PretrainConfig:
     optimizer: str = _field("adamw_torch_fused", "name of an AdamW among transformers' optimizers")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _field("auto", "auto: bf16 on an accelerator that has it")
     compile: bool = _field(False, "torch.compile the model")
+    gradient_checkpointing: bool = _field(False, "recompute activations in the backward: less memory, more time")
     seed: int = _field(0, "seed of weights and data order")
     # Rhythm
     evaluate_every: int = _field(20, "steps between validations")
@@ -149,6 +152,11 @@ class PretrainConfig:
         get_activation(self.activation)
         self.ffn_config()
 
+    @property
+    def two_stage(self) -> bool:
+        """Whether there is a factorised stage at all."""
+        return self.ffn != "dense"
+
     def shape(self, vocabulary: int) -> GPT2Shape:
         """The widths of the model."""
         return GPT2Shape(
@@ -170,18 +178,18 @@ class PretrainConfig:
             ConfigError: it cannot be merged, or an option is unknown or does not fit.
         """
         kind = get_kind(self.ffn)
-        mergeable = mergeable_kinds()
-        if kind.name not in mergeable:
+        possible = [get_kind("dense").name, *mergeable_kinds()]
+        if kind.name not in possible:
             raise ConfigError(
-                f"ffn is '{kind.name}', which cannot be a first stage (it does not merge into another FFN, or is the "
-                f"baseline itself); choose from {', '.join(mergeable)}."
+                f"ffn is '{kind.name}', which cannot be a first stage: it does not merge into a dense FFN. Choose from "
+                f"{', '.join(possible)}."
             )
         options = {name: value for name, value in self.ffn_options.items() if value is not None}
         known = kind.config.own_fields()
         for name in options:
             if name not in known:
                 raise ConfigError(
-                    f"The kind '{kind.name}' has no option '{name}'; it has {', '.join(sorted(known))}."
+                    f"The kind '{kind.name}' has no option '{name}'; it has {', '.join(sorted(known)) or 'none'}."
                     f"{did_you_mean(name, known)}"
                 )
         widths = {"d_model": self.d_model, "activation": self.activation, "dropout": self.dropout}
@@ -215,7 +223,7 @@ class PretrainConfig:
         return cls(**{name: value for name, value in values.items() if name in own}, ffn_options=chosen)
 
 
-_PATHS = ("data", "validation", "tokenizer")
+_PATHS = ("data", "validation", "tokenizer", "init_from")
 
 
 def mergeable_kinds() -> list[str]:
@@ -250,6 +258,22 @@ def plain_type(hint: Any) -> type:
 def _require(condition: bool, name: str, value: Any, rule: str) -> None:
     if not condition:
         raise ConfigError(f"{name} is {value}; it {rule}.")
+
+
+def start_fields(directory: str) -> dict[str, Any]:
+    """Fields of a run that starts from the checkpoint in `directory`: its shape, and its tokenizer if it has one.
+
+    Raises:
+        CheckpointError: it is no checkpoint of a GPT-2.
+    """
+    shape = GPT2Shape.of_checkpoint(Path(directory))
+    fields: dict[str, Any] = {name: getattr(shape, name) for name in SHAPE_FIELDS}
+    if any((Path(directory) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        fields["tokenizer"] = directory
+    return fields
+
+
+SHAPE_FIELDS = ("layers", "d_model", "heads", "d_hidden", "activation")
 
 
 # Fields that differ from the defaults above.

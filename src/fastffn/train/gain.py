@@ -35,6 +35,11 @@ class Gain:
         """How many times faster the factorised step is."""
         return self.dense_seconds / self.factorised_seconds
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Gain:
+        """What `to_dict` wrote."""
+        return cls(**{name: value for name, value in values.items() if name != "ratio"})
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self) | {"ratio": self.ratio}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from fastffn.convert.files import write_json, write_text
 
 BASELINES = ("dense", "dense_equal_tokens")
 TWO_STAGE = ("warmup", "stage1", "stage2")
+CAVEAT = (
+    "merging, loading the merged model and re-warming count for the two-stage run. One seed on one machine: a ratio "
+    "like this wavers by several per cent from run to run, and says nothing about larger models or longer runs."
+)
 HEADERS = ("stage", "steps", "tokens", "seconds", "tokens/s", "validation loss", "perplexity")
 
 
@@ -46,13 +51,14 @@ def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
             table.append((name, "", "", f"{record['seconds']:.1f}", "", "", ""))
             continue
         table.append(_row(name, record, record["own_seconds"]))
-    parts = [stages[name] for name in TWO_STAGE if name in stages]
-    whole = {
-        "steps": sum(part["steps"] for part in parts),
-        "tokens": sum(part["tokens"] for part in parts),
-        "validation_loss": stages["stage2"]["validation_loss"],
-    }
-    table.append(_row("two-stage in all", whole, stages["stage2"]["seconds"]))
+    if "stage2" in stages:
+        parts = [stages[name] for name in TWO_STAGE if name in stages]
+        whole = {
+            "steps": sum(part["steps"] for part in parts),
+            "tokens": sum(part["tokens"] for part in parts),
+            "validation_loss": stages["stage2"]["validation_loss"],
+        }
+        table.append(_row("two-stage in all", whole, stages["stage2"]["seconds"]))
     return table
 
 
@@ -105,20 +111,70 @@ def print_report(results: dict[str, Any], output: Path) -> None:
 
 def write_report(output: Path, results: dict[str, Any]) -> None:
     """Completes `results` and writes `results.json`, `report.md` and `loss_vs_time.png`."""
+    two_stage = "stage2" in results["stages"]
     results["time_to_loss"] = {
-        baseline: found for baseline in BASELINES if (found := time_to_loss(results["stages"], baseline))
+        baseline: found
+        for baseline in BASELINES
+        if two_stage and (found := time_to_loss(results["stages"], baseline)) is not None
     }
+    sample, machine = results["sample"], results["machine"]
+    end = [
+        "## A sample of the final model",
+        "",
+        "Prompt (held-out text):",
+        "",
+        *_quoted(sample["prompt"]),
+        "",
+        "Continuation:",
+        "",
+        *_quoted(sample["continuation"]),
+        "",
+        "## Machine",
+        "",
+        f"{machine['processor']} ({machine['cpu_capability']}), {results['processes']} process(es) of "
+        f"{machine['threads']} threads, accelerator {machine['accelerator'] or 'none'}; Python {machine['python']}; "
+        + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+        + f"; commit {machine['commit'] or 'unknown'}.",
+        "",
+    ]
+    _write(output, results, verdicts(results), end)
+    # Last: it is what says that the run is complete.
+    write_json(output / "results.json", results)
+
+
+def write_progress(output: Path, results: dict[str, Any], state: str) -> None:
+    """Writes `report.md` and `loss_vs_time.png` of a run that goes on.
+
+    Args:
+        output: its directory.
+        results: as for `write_report`, with the stages so far; of a stage that goes on, what there is of it.
+        state: a sentence on where the run stands.
+    """
+    when = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    _write(output, results, [f"**The run goes on** ({when}). {state} The last row is what there is of its stage."], [])
+
+
+def _write(output: Path, results: dict[str, Any], summary: list[str], end: list[str]) -> None:
+    config, gain = results["config"], results["gain"]
     plot(results, output / "loss_vs_time.png")
-    config, machine, gain = results["config"], results["machine"], results["gain"]
-    chosen = {name: results["config"][name] for name in ("ffn", "rank", "start") if config.get(name) is not None}
+    rates = f"peak learning rate {config['dense_learning_rate'] or config['learning_rate']:g}"
+    title = "Pre-training"
+    if gain is not None:
+        title = "Two-stage pre-training"
+        chosen = {name: value for name, value in config.items() if name in results["ffn"] and value is not None}
+        rates = (
+            f"stage 1: {config['ffn']}, "
+            + "".join(f"{name} {value}, " for name, value in chosen.items())
+            + f"peak learning rate {config['learning_rate']:g}, dense "
+            f"{config['dense_learning_rate'] or config['learning_rate']:g}"
+        )
+    start = f" From {config['init_from']}." if config["init_from"] else ""
+    waiting = max((record.get("waiting_share", 0.0) for record in results["stages"].values()), default=0.0)
     lines = [
-        "# Two-stage pre-training",
+        f"# {title}",
         "",
         f"{config['layers']} layers x {config['d_model']}, sequence {config['sequence']}, "
-        f"{config['batch'] * config['sequence']:,} tokens a step; stage 1: "
-        + ", ".join(f"{name} {value}" for name, value in chosen.items())
-        + f"; peak learning rate {config['learning_rate']:g}, dense "
-        f"{config['dense_learning_rate'] or config['learning_rate']:g}; seed {config['seed']}.",
+        f"{config['batch'] * config['sequence']:,} tokens a step; {rates}; seed {config['seed']}.{start}",
         f"Text: {config['data']}, {results['text']['characters']:,} characters, "
         f"{results['text']['train_tokens']:,} tokens to train on, "
         f"{results['text']['validation_tokens']:,} to validate.",
@@ -131,39 +187,26 @@ def write_report(output: Path, results: dict[str, Any]) -> None:
             disable_numparse=True,
         ),
         "",
-        *verdicts(results),
-        "",
-        f"A training step, measured at the start ({gain['batch']} sequences): dense {gain['dense_seconds']:.3f} s, "
-        f"factorised {gain['factorised_seconds']:.3f} s: {gain['ratio']:.2f} times faster. Arithmetic allows "
-        f"{gain['bound']:.2f}; an FFN that cost nothing would give {gain['free_ffn_bound']:.2f}.",
-        "",
-        "![Validation loss over training seconds](loss_vs_time.png)",
-        "",
-        "Seconds are those of training steps, without validations and checkpoints on either side; merging, loading the "
-        "merged model and re-warming count for the two-stage run. One seed on one machine: a ratio like this wavers by "
-        "several per cent from run to run, and says nothing about larger models or longer runs.",
-        "",
-        "## A sample of the final model",
-        "",
-        "Prompt (held-out text):",
-        "",
-        *_quoted(results["sample"]["prompt"]),
-        "",
-        "Continuation:",
-        "",
-        *_quoted(results["sample"]["continuation"]),
-        "",
-        "## Machine",
-        "",
-        f"{machine['processor']} ({machine['cpu_capability']}), {machine['threads']} threads, accelerator "
-        f"{machine['accelerator'] or 'none'}; Python {machine['python']}; "
-        + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-        + f"; commit {machine['commit'] or 'unknown'}.",
+        *summary,
         "",
     ]
+    if gain is not None:
+        lines += [
+            f"A training step, measured at the start ({gain['batch']} sequences): dense {gain['dense_seconds']:.3f} s, "
+            f"factorised {gain['factorised_seconds']:.3f} s: {gain['ratio']:.2f} times faster. Arithmetic allows "
+            f"{gain['bound']:.2f}; an FFN that cost nothing would give {gain['free_ffn_bound']:.2f}.",
+            "",
+        ]
+    lines += [
+        "![Validation loss over training seconds](loss_vs_time.png)",
+        "",
+        "Seconds are those of training steps, without validations and checkpoints"
+        + (f" on either side; {CAVEAT}" if gain is not None else ".")
+        + f" Waiting for text took {waiting:.1%} of them, or less.",
+        "",
+        *end,
+    ]
     write_text(output / "report.md", "\n".join(lines))
-    # Last: it is what says that the run is complete.
-    write_json(output / "results.json", results)
 
 
 def _quoted(text: str) -> list[str]:
@@ -190,10 +233,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
     ):
         if name in stages:
             _line(axes, stages[name]["curve"], label, color, "-")
-    begin, end = stages["stage1"]["seconds"], stages["stage1"]["seconds"] + stages["merge"]["seconds"]
-    axes.axvspan(begin, end, color="tab:green", alpha=0.25)
-    axes.axvline(end, color="tab:green", linewidth=1, label="switch (merge)")
-    for found in results["time_to_loss"].values():
+    if "merge" in stages:
+        begin, end = stages["stage1"]["seconds"], stages["stage1"]["seconds"] + stages["merge"]["seconds"]
+        axes.axvspan(begin, end, color="tab:green", alpha=0.25)
+        axes.axvline(end, color="tab:green", linewidth=1, label="switch (merge)")
+    for found in results.get("time_to_loss", {}).values():
         if found["seconds"] is not None:
             axes.plot([found["seconds"]], [found["target"]], "k*", markersize=10)
     axes.set_xlabel("training time (s)")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import re
+import contextlib
 import shutil
-import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fastffn.convert.files import make_directory, read_json, write_json, write_text
-from fastffn.errors import CheckpointError, ConfigError, OutputError
+from fastffn.errors import ConfigError, OutputError
 from fastffn.train.config import PretrainConfig
 
 CONFIG = "config.yaml"
 STAGE = "stage.json"
+LOCK = ".lock"
 # Everything a run puts into its directory; `--overwrite` removes these and nothing else.
 CONTENTS = (
     "dense",
@@ -35,6 +36,40 @@ CONTENTS = (
 )
 
 
+@contextlib.contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Keeps every other run out of `output`; what an earlier one left half-written there is cleared away.
+
+    The lock is the operating system's: it ends with the process, however that ends.
+
+    Raises:
+        OutputError: another run has it, or it is a file.
+    """
+    from filelock import FileLock, Timeout
+
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; name a directory for the run.")
+    new = not output.exists()
+    make_directory(output)
+    lock = FileLock(output / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OutputError(
+            f"Another process trains in {output} at this moment. Wait for it, stop it, or name another directory."
+        ) from None
+    try:
+        for path in output.glob(".*.partial*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield
+    finally:
+        (output / LOCK).unlink(missing_ok=True)
+        lock.release()
+        # A directory that nothing came into was made for nothing.
+        if new and not any(output.iterdir()):
+            output.rmdir()
+
+
 def check_run(output: Path, config: PretrainConfig, *, overwrite: bool) -> bool:
     """Checks that `output` is free for the run that `config` describes; changes nothing.
 
@@ -44,14 +79,12 @@ def check_run(output: Path, config: PretrainConfig, *, overwrite: bool) -> bool:
     Raises:
         OutputError: it holds another run, or something that is not a run.
     """
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file; name a directory for the run.")
-    there = sorted(path.name for path in output.iterdir()) if output.exists() else []
+    there = sorted(path.name for path in output.iterdir() if path.name != LOCK) if output.exists() else []
     # Nothing trained yet: nothing to go on with, and nothing to lose.
     if set(there) <= {CONFIG, "tokenizer", "text.json", "gain.json"} and CONFIG in there:
         return False
     if there and overwrite:
-        foreign = [name for name in there if name not in CONTENTS and ".partial-" not in name]
+        foreign = [name for name in there if name not in CONTENTS]
         if foreign:
             raise OutputError(
                 f"{output} holds files that are not a FastFFN run's ({', '.join(foreign[:5])}); nothing was deleted. "
@@ -75,9 +108,10 @@ def check_run(output: Path, config: PretrainConfig, *, overwrite: bool) -> bool:
 
 def claim_run(output: Path, config: PretrainConfig) -> None:
     """Makes `output` this run's, after `check_run`: deletes another run in it and writes `config.yaml`."""
-    for path in sorted(output.iterdir()) if output.exists() else []:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
     make_directory(output)
+    for path in sorted(output.iterdir()):
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_text(output / CONFIG, dump_config(config))
 
 
@@ -99,16 +133,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no fields; it should be lines such as 'rank: 64'.")
     return values
-
-
-def last_checkpoint(directory: Path) -> Path | None:
-    """The newest Trainer checkpoint in a stage's directory, None if there is none."""
-    found = [
-        (int(match[1]), path)
-        for path in (directory.iterdir() if directory.is_dir() else ())
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / "trainer_state.json").is_file()
-    ]
-    return max(found)[1] if found else None
 
 
 def finished_stage(directory: Path) -> dict[str, Any] | None:
@@ -135,27 +159,3 @@ def check_text(output: Path, identity: str, *, resumed: bool) -> None:
             "Restore the text, name another directory, or pass --overwrite to start anew."
         )
     write_json(path, {"identity": identity})
-
-
-def check_resumable(directory: Path) -> None:
-    """Raises CheckpointError, naming the file, if training cannot go on from a checkpoint."""
-    check_loadable(directory)
-    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
-        if not (directory / name).is_file():
-            raise CheckpointError(f"{directory / name} is missing; training cannot go on from this checkpoint.")
-
-
-def check_loadable(directory: Path) -> None:
-    """Raises CheckpointError, naming the file, if a file of a checkpoint is corrupt or cut short."""
-    from fastffn.convert.safetensors_io import TensorReader
-
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is missing.")
-    read_json(directory / "config.json")
-    TensorReader(directory)
-    if (directory / "trainer_state.json").exists():
-        read_json(directory / "trainer_state.json")
-    # PyTorch's files are zip archives, whose table of contents stands at the end: a cut shows.
-    for path in sorted(directory.glob("*.p*t*")):
-        if path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
-            raise CheckpointError(f"{path} is corrupt or cut short.")

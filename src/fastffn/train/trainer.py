@@ -10,15 +10,16 @@ Optimizer groups, always these three, so that state can pass from one stage to t
 from __future__ import annotations
 
 import math
-import sys
+import shutil
 import time
-from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
-from tqdm import tqdm
+from torch.utils.data import DataLoader, Subset
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -27,38 +28,16 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import EvalLoopOutput
 
 from fastffn.convert.io import REMEDY_TENSOR
 from fastffn.convert.match import family_ffns, family_of, fastffn_modules
 from fastffn.errors import TrainingDivergedError
 from fastffn.nn import FFN
+from fastffn.train import checkpoints
+from fastffn.train.plan import Stage
 
 SWITCHED = 2
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stretch of training.
-
-    Attributes:
-        name: also that of its directory.
-        factorised: whether the FFNs are factorised in it.
-        begin, end: optimizer steps; the schedule counts them from the beginning of the run.
-        total: steps that the schedule spans.
-        learning_rate, switched_learning_rate: peak rates of groups 0 and 1, and of group 2.
-        rewarm_steps: steps from `begin` over which group 2's rate rises to the schedule; 0 for none.
-        data_seed: seed of the order of the data.
-    """
-
-    name: str
-    factorised: bool
-    begin: int
-    end: int
-    total: int
-    learning_rate: float
-    switched_learning_rate: float
-    rewarm_steps: int
-    data_seed: int
 
 
 def parameter_groups(
@@ -104,10 +83,12 @@ class Clock(TrainerCallback):
 
     Attributes:
         seconds: so far, earlier stages and what came before a resumption included.
+        waiting: the part of this stage's in which the next batch was waited for.
     """
 
     def __init__(self, seconds: float, running_since: float | None) -> None:
         self.seconds = seconds
+        self.waiting = 0.0
         self._mark = running_since
 
     def on_train_begin(
@@ -118,6 +99,7 @@ class Clock(TrainerCallback):
         logged = [entry["train_seconds"] for entry in state.log_history if "train_seconds" in entry]
         if logged and logged[-1] > self.seconds:
             self.seconds = logged[-1]
+            self.waiting = next((e["waiting_seconds"] for e in state.log_history[::-1] if "waiting_seconds" in e), 0.0)
             self._mark = None
         if self._mark is None:
             self._mark = time.perf_counter()
@@ -157,92 +139,27 @@ class StageEnd(TrainerCallback):
         return control
 
 
-class Console(TrainerCallback):
-    """A progress bar on a terminal, plain lines elsewhere."""
-
-    def __init__(self, stage: Stage, tokens_per_step: int) -> None:
-        self.stage = stage
-        self.tokens_per_step = tokens_per_step
-        self.bar: Any = None
-        self.interactive = sys.stderr.isatty()
-        self._last = (0, 0.0)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Opens the bar."""
-        logged = [entry["train_seconds"] for entry in state.log_history if "train_seconds" in entry]
-        self._last = (state.global_step, logged[-1] if logged else 0.0)
-        if self.interactive and state.is_world_process_zero:
-            self.bar = tqdm(
-                total=self.stage.end,
-                initial=state.global_step,
-                desc=self.stage.name,
-                unit="step",
-                dynamic_ncols=True,
-            )
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Moves the bar."""
-        if self.bar is not None:
-            self.bar.update(1)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Shows losses and speed."""
-        logs = logs or {}
-        if not state.is_world_process_zero or ("loss" not in logs and "eval_loss" not in logs):
-            return
-        if self.bar is not None:
-            if "eval_loss" in logs:
-                self.bar.write(self._line(state, logs), file=sys.stderr)
-            else:
-                self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
-            return
-        print(self._line(state, logs), flush=True)
-
-    def _line(self, state: TrainerState, logs: dict[str, Any]) -> str:
-        if "eval_loss" in logs:
-            what = f"validation loss {logs['eval_loss']:.4f}"
-        else:
-            step, before = self._last
-            self._last = (state.global_step, logs["train_seconds"])
-            speed = (state.global_step - step) * self.tokens_per_step / max(1e-9, logs["train_seconds"] - before)
-            what = f"loss {logs['loss']:.4f}  rate {logs['learning_rate']:.2e}  {speed:,.0f} tokens/s"
-        return f"{self.stage.name}  step {state.global_step}/{self.stage.end}  {what}"
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Closes the bar."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
-
 class StageTrainer(Trainer):
     """The Trainer for one stage; see the file's head.
 
     Args:
         stage: which.
-        clock: counts the seconds; its value goes into every log entry as `train_seconds`.
+        clock: counts the seconds; its values go into every log entry as `train_seconds` and `waiting_seconds`.
         frobenius: decay the product of the factors, where the kind knows how.
+        watch: another callback, which comes before the clock: what it does at a validation is not counted.
     """
 
-    def __init__(self, *, stage: Stage, clock: Clock, frobenius: bool, tokens_per_step: int, **kwargs: Any) -> None:
+    def __init__(
+        self, *, stage: Stage, clock: Clock, frobenius: bool, watch: TrainerCallback | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.stage = stage
         self.clock = clock
         self.frobenius = frobenius
-        self.remove_callback(PrinterCallback)  # Console says it
-        for callback in (clock, StageEnd(stage), Console(stage, tokens_per_step), _RestoreRates(self)):
-            self.add_callback(callback)
+        self.remove_callback(PrinterCallback)  # the watch says it
+        for callback in (watch, clock, StageEnd(stage), _RestoreRates(self)):
+            if callback is not None:
+                self.add_callback(callback)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """See `Trainer.create_optimizer`."""
@@ -287,13 +204,48 @@ class StageTrainer(Trainer):
             raise self._diverged(f"The loss is {float(loss)} in step {self.state.global_step + 1}")
         return loss
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """See `Trainer.get_eval_dataloader`; every block counts, those of a last, smaller batch too."""
-        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = drop
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """See `Trainer.get_batch_samples`; the clock notes how long it takes."""
+        begun = time.perf_counter()
+        samples = super().get_batch_samples(*args, **kwargs)
+        self.clock.waiting += time.perf_counter() - begun
+        return samples
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """The validation blocks of one process out of n: every n-th."""
+        blocks: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        mine = range(self.args.process_index, len(blocks), self.args.world_size)
+        return DataLoader(Subset(blocks, mine), batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Mean loss of every predicted token of every block, whatever the batches and the number of processes.
+
+        The Trainer's own weights the last, smaller batch like the others, and blocks twice that it repeats to give
+        every process as many.
+        """
+        model = self._wrap_model(cast(Any, self.model), training=False)
+        model.eval()
+        loss, tokens = 0.0, 0
+        for inputs in dataloader:
+            counted = int((inputs["labels"][:, 1:] != -100).sum())
+            # Not prediction_step: it speaks to the other processes at each batch, and they may have one more.
+            with torch.no_grad(), self.compute_loss_context_manager():
+                mean = model(**self._prepare_inputs(inputs)).loss
+            loss += float(mean) * counted
+            tokens += counted
+        if self.args.world_size > 1:
+            parts = gather_object([(loss, tokens)])
+            loss, tokens = sum(part[0] for part in parts), sum(part[1] for part in parts)
+        metrics = {f"{metric_key_prefix}_loss": loss / tokens}
+        blocks = len(cast(Any, self.eval_dataset))
+        return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=metrics, num_samples=blocks)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """See `Trainer.evaluate`."""
@@ -309,6 +261,24 @@ class StageTrainer(Trainer):
             raise self._diverged(f"Weights are infinite or not numbers after step {self.state.global_step}")
         super().save_model(output_dir, _internal_call)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """See `Trainer._save_checkpoint`; the mark that it is whole comes last, and then old ones go."""
+        stage = Path(cast(str, self.args.output_dir))
+        directory = stage / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            checkpoints.remove(directory)  # what was left there was not whole, or it would have been gone on from
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(cast(Any, model), trial)
+        except BaseException:
+            # The room may be what is missing.
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            checkpoints.mark_complete(directory)
+            checkpoints.remove_old(stage)
+
     def _diverged(self, what: str) -> TrainingDivergedError:
         return TrainingDivergedError(
             f"{what} of stage '{self.stage.name}'. Training stopped; the last good checkpoint in "
@@ -319,6 +289,7 @@ class StageTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """See `Trainer.log`."""
         logs["train_seconds"] = self.clock.seconds
+        logs["waiting_seconds"] = self.clock.waiting
         super().log(logs, start_time)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

@@ -1,0 +1,109 @@
+"""The Trainer's settings for one stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastffn.errors import ConfigError
+from fastffn.train import processes
+from fastffn.train.config import PretrainConfig
+from fastffn.train.plan import Stage
+
+
+def training_arguments(config: PretrainConfig, directory: Path, stage: Stage | None = None) -> Any:
+    """`transformers.TrainingArguments` for a stage; without one, to learn device and precision.
+
+    Raises:
+        ConfigError: the batch does not divide among processes and micro batches.
+    """
+    from transformers import TrainingArguments
+
+    micro, accumulation = split_batch(config, processes.count())
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if _accelerator_has_bf16() else "fp32"
+    steps = stage.total if stage else 1
+    warmup = min(config.warmup_steps, steps // 2)
+    if config.schedule == "wsd":
+        schedule = "warmup_stable_decay"
+        decay = max(1, round(config.decay * steps))
+        warmup = min(warmup, max(0, steps - decay))
+        options = {
+            "num_decay_steps": decay,
+            "min_lr_ratio": config.min_lr_ratio,
+            "decay_type": "linear",
+        }
+    else:
+        schedule, options = "cosine_with_min_lr", {"min_lr_rate": config.min_lr_ratio}
+    return TrainingArguments(
+        output_dir=str(directory),
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=stage.learning_rate if stage else config.learning_rate,
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=options,
+        warmup_steps=warmup,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        max_grad_norm=config.clip,
+        optim=config.optimizer,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        torch_compile=config.compile,
+        seed=config.seed,
+        data_seed=stage.data_seed if stage else config.seed,
+        eval_strategy="steps",
+        eval_steps=config.evaluate_every,
+        eval_on_start=False,
+        save_strategy="steps",
+        save_steps=config.checkpoint_every,
+        save_total_limit=None,  # ours: the Trainer goes by the directories' times, and counts unfinished ones
+        logging_strategy="steps",
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        prediction_loss_only=True,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        use_cpu=not torch.accelerator.is_available(),  # without it bf16 is refused on a CPU
+        report_to=["tensorboard"],
+        disable_tqdm=True,
+        **_recomputation(TrainingArguments, config.gradient_checkpointing),
+    )
+
+
+def _recomputation(arguments: Any, wanted: bool) -> dict[str, Any]:
+    if not wanted:
+        return {}
+    # Newer versions of transformers have another name for it, and warn at the old one.
+    new = "activation_checkpointing"
+    name = new if new in arguments.__dataclass_fields__ else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def split_batch(config: PretrainConfig, count: int) -> tuple[int, int]:
+    """Sequences at once on a device, and how often before an optimizer step, with `count` processes.
+
+    Raises:
+        ConfigError: the batch does not divide.
+    """
+    if config.micro_batch is None and config.batch % count == 0:
+        return config.batch // count, 1
+    micro = config.micro_batch or 1
+    if config.batch % (micro * count):
+        raise ConfigError(
+            f"batch is {config.batch}; {count} processes of micro_batch {micro} do not divide it. A batch is what all "
+            f"processes see in a step; the next that fits is {-(-config.batch // (micro * count)) * micro * count}."
+        )
+    return micro, config.batch // (micro * count)
+
+
+def _accelerator_has_bf16() -> bool:
+    from transformers.utils.import_utils import is_torch_bf16_gpu_available
+
+    return bool(torch.accelerator.is_available() and is_torch_bf16_gpu_available())
