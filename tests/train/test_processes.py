@@ -22,17 +22,16 @@ from fastffn.train.pretrain import pretrain
 from tests.train.test_pretrain import tiny
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+# Not --cpu, with which it starts one process whatever the number; --multi_gpu starts them, and we find no GPU.
 ACCELERATE = [
     sys.executable,
     "-m",
     "accelerate.commands.launch",
-    "--cpu",
-    "--num_processes",
-    "2",
-    "--num_machines",
-    "1",
+    "--multi_gpu",
+    "--num_processes=2",
+    "--num_machines=1",
 ]
-ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no", "--num_cpu_threads_per_process=1"]
 
 
 def launch(launcher: list[str], config, output, tmp_path) -> subprocess.Popen[str]:
@@ -90,8 +89,9 @@ def test_two_processes_do_what_one_does(text_file, tmp_path) -> None:
     assert killed.returncode != 0
     assert not (tmp_path / "killed" / "results.json").exists()
     resumed = launch(ACCELERATE, config, tmp_path / "killed", tmp_path)
-    _, err = resumed.communicate(timeout=300)
+    out, err = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, err
+    assert json.loads(out)["processes"] == 2
     assert "stage1: going on from checkpoint-" in err
     for name, tensors in expected.items():
         found = load_file(tmp_path / "killed" / name / "model.safetensors")

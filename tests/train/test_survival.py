@@ -65,9 +65,15 @@ def limited(text: Path, output: Path, most: int) -> None:
         sys.exit(error.exit_code)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(text_file, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    return output, pretrain(tiny(text_file), output)
+
+
 # Bytes that are too few for the weights, for the optimizer's state, for the marks.
 @pytest.mark.parametrize("most", [20_000, 60_000, 100])
-def test_a_full_disk_loses_nothing(text_file, tmp_path, most) -> None:
+def test_a_full_disk_loses_nothing(text_file, tmp_path, undisturbed, most) -> None:
     output = tmp_path / "run"
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(text_file), str(output), str(most)],
@@ -84,11 +90,10 @@ def test_a_full_disk_loses_nothing(text_file, tmp_path, most) -> None:
     assert ignored == []
     assert not list(output.rglob(".*"))
     results = pretrain(tiny(text_file), output)
-    undisturbed = pretrain(tiny(text_file), tmp_path / "undisturbed")
     for name in ("dense", "stage1", "stage2"):
-        there, here = (load_file(path / name / "model.safetensors") for path in (tmp_path / "undisturbed", output))
+        there, here = (load_file(path / name / "model.safetensors") for path in (undisturbed[0], output))
         assert all(torch.equal(there[key], here[key]) for key in there)
-        assert results["stages"][name]["validation_loss"] == undisturbed["stages"][name]["validation_loss"]
+        assert results["stages"][name]["validation_loss"] == undisturbed[1]["stages"][name]["validation_loss"]
 
 
 def test_errors_of_a_full_disk_are_told_from_others(tmp_path) -> None:

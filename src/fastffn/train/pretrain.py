@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastffn.convert.files import new_directory, read_json, write_json
-from fastffn.convert.fresh import fresh_gpt2, started_gpt2
+from fastffn.convert.fresh import GPT2Shape, fresh_gpt2, started_gpt2
 from fastffn.data.blocks import TokenBlocks, collate, token_blocks
 from fastffn.data.text import find_text
 from fastffn.data.tokenizer import load_tokenizer, train_tokenizer, training_size
@@ -20,7 +20,7 @@ from fastffn.errors import CheckpointError, ConfigError, DataError
 from fastffn.measure.machine import describe_machine
 from fastffn.train import checkpoints, processes, rundir
 from fastffn.train.arguments import training_arguments
-from fastffn.train.config import SHAPE_FIELDS, PretrainConfig, start_fields
+from fastffn.train.config import SHAPE_FIELDS, PretrainConfig
 from fastffn.train.disk import full_disk_is_named
 from fastffn.train.gain import Gain, measure_gain
 from fastffn.train.plan import Stage, plan_stages
@@ -77,12 +77,20 @@ def _complete(output: Path) -> bool:
 
 
 def _check_start(config: PretrainConfig) -> None:
+    """Raises ConfigError if the run's shape is not that of the checkpoint it starts from."""
     if config.init_from is None:
         return
-    for name, there in start_fields(config.init_from).items():
-        here = getattr(config, name)
-        if name in SHAPE_FIELDS and here != there and not (name == "d_hidden" and 4 * config.d_model in (here, there)):
-            raise ConfigError(f"{name} is {here}, but the checkpoint {config.init_from} has {there}; leave it out.")
+    there = GPT2Shape.of_checkpoint(Path(config.init_from))
+    for name in SHAPE_FIELDS:
+        here, known = getattr(config, name), getattr(there, name)
+        if name == "d_hidden":
+            here, known = here or 4 * config.d_model, known or 4 * there.d_model
+        if here != known:
+            raise ConfigError(f"{name} is {here}, but the checkpoint {config.init_from} has {known}; leave it out.")
+    if config.sequence > there.sequence:
+        raise ConfigError(
+            f"sequence is {config.sequence}, but the checkpoint {config.init_from} takes {there.sequence} at most."
+        )
 
 
 class _Run:
@@ -129,7 +137,7 @@ class _Run:
                 f"{config.vocabulary}. Choose the tokenizer that fits, or another vocabulary."
             )
         if config.init_from is not None:
-            known = read_json(Path(config.init_from) / "config.json").get("vocab_size", 0)
+            known = GPT2Shape.of_checkpoint(Path(config.init_from)).vocabulary
             if len(tokenizer) > known:
                 raise DataError(
                     f"The tokenizer '{config.tokenizer}' has {len(tokenizer)} tokens, but the checkpoint "
