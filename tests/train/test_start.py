@@ -105,7 +105,7 @@ def test_recomputing_activations_changes_nothing_but_memory(text_file, tmp_path,
     step, recomputed = StageTrainer.training_step, set()
 
     def look(self, model, *args, **kwargs):
-        recomputed.add((self.stage.name, model.is_gradient_checkpointing))
+        recomputed.add((self.stage.name, model.transformer.h[0].gradient_checkpointing))
         return step(self, model, *args, **kwargs)
 
     monkeypatch.setattr(StageTrainer, "training_step", look)
