@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 ENVIRONMENT = {
-    "FASTFFN_DATA_DIR": "folder of real texts and tokenizers for tests and benchmarks; nothing else reads it",
+    "FASTFFN_DATA_DIR": "folder of real texts and tokenizers, for tests, benchmarks and experiments",
 }
 
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "pretrain": "pre-train a GPT in two stages, and a dense one beside it",
     "merge": "multiply out the factors of a checkpoint",
     "evaluate": "measure a model's quality",
+    "experiment": "make the tables of the papers, and those they lack",
     "bench": "measure speed, beside the bound that arithmetic gives",
     "info": "versions, devices, kinds of FFN, environment variables",
 }

@@ -10,7 +10,6 @@ Optimizer groups, always these three, so that state can pass from one stage to t
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -270,13 +269,14 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(cast(Any, model), trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                checkpoints.mark_complete(directory)
         except BaseException:
-            # The room may be what is missing.
-            shutil.rmtree(directory, ignore_errors=True)
+            # Room may be what is missing.
+            checkpoints.remove(directory)
             raise
-        self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            checkpoints.mark_complete(directory)
             checkpoints.remove_old(stage)
 
     def _diverged(self, what: str) -> TrainingDivergedError:

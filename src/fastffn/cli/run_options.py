@@ -1,0 +1,75 @@
+"""The options that describe a pre-training run, shared by the commands that make one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastffn.cli.options import field_options, option_for
+from fastffn.errors import ConfigError, did_you_mean
+from fastffn.train.config import PRESETS, PretrainConfig, ffn_option_types, get_preset, start_fields
+
+
+def add_run_options(command: click.Command) -> None:
+    """Adds `--preset`, `--config`, and a flag for every field."""
+    command.params.append(
+        click.Option(["--preset"], default="demo", show_default=True, help=f"One of {', '.join(PRESETS)}.")
+    )
+    command.params.append(
+        click.Option(["--config", "config_file"], type=click.Path(path_type=Path), help="YAML file of fields.")
+    )
+    command.params.extend(field_options(PretrainConfig))
+    command.params.extend(
+        option_for(name, kind, f"option of the FFN kind {owners}")
+        for name, (kind, owners) in ffn_option_types().items()
+    )
+
+
+def run_config(ctx: click.Context, preset: str, config_file: Path | None, flags: dict[str, Any]) -> PretrainConfig:
+    """The run that the options describe: the preset's fields, then the YAML file's, then the flags'.
+
+    Raises:
+        ConfigError: a field is unknown or out of range.
+        CheckpointError: `--init-from` names no dense checkpoint.
+    """
+    chosen = {name: value for name, value in flags.items() if value is not None}
+    written = _typed(ctx, _fields_of(config_file), config_file) if config_file is not None else {}
+    values = get_preset(preset) | written | chosen
+    # Naming one of the two lengths replaces the other, which a preset may have set.
+    for given, other in (("steps", "epochs"), ("epochs", "steps")):
+        if given in chosen and other not in chosen:
+            values[other] = None
+    # So does a learning rate the preset's rates for parts of the model.
+    if "learning_rate" in chosen:
+        values |= {name: flags.get(name) for name in ("dense_learning_rate", "factor_learning_rate")}
+    if values.get("init_from"):
+        found = start_fields(values["init_from"])
+        values |= {name: value for name, value in found.items() if name not in chosen and name not in written}
+    return PretrainConfig.from_flat(values)
+
+
+def _fields_of(path: Path) -> dict[str, Any]:
+    from fastffn.train.rundir import read_config
+
+    if not path.is_file():
+        what = "is no file" if path.exists() else "does not exist"
+        raise ConfigError(f"{path} {what}; --config names a YAML file of fields, such as a run's config.yaml.")
+    return read_config(path)
+
+
+def _typed(ctx: click.Context, values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Values of a YAML file as the flags of the same names would have taken them."""
+    parameters = {parameter.name: parameter for parameter in ctx.command.params}
+    fields = {field.name for field in dataclasses.fields(PretrainConfig)} - {"ffn_options"} | set(ffn_option_types())
+    typed = {}
+    for name, value in values.items():
+        if name not in fields or name not in parameters:
+            raise ConfigError(f"{path}: unknown field '{name}'.{did_you_mean(name, fields)}")
+        try:
+            typed[name] = None if value is None else parameters[name].type.convert(value, parameters[name], ctx)
+        except click.UsageError as error:
+            raise ConfigError(f"{path}: {name} is {value!r}: {error.message}") from error
+    return typed

@@ -1,0 +1,1 @@
+"""What needs training, evaluation and measurement together."""
