@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 export NO_MKDOCS_2_WARNING ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: demo test format lint types unit docs examples clean
+.PHONY: demo test format lint types unit docs examples torture clean
 
 demo: .venv/train
 	$(BIN)/fastffn pretrain --preset demo --output runs/demo --overwrite
@@ -46,6 +46,10 @@ docs: .venv/dev
 
 examples: .venv/dev
 	set -e; for example in examples/*.py; do echo "$$example"; $(BIN)/python $$example; done
+
+# A run killed fifty times at random; FASTFFN_TEST_SEED=n repeats one.
+torture: .venv/dev
+	FASTFFN_TEST_KILLS=50 $(BIN)/python -m pytest -s tests/train/test_survival.py -k killed_at_random
 
 clean:
 	rm -rf .venv build dist site runs
