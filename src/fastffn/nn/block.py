@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from fastffn.errors import ConfigError
 from fastffn.nn.base import MergedTensor
@@ -50,9 +49,9 @@ class BlockConfig(DenseConfig):
         blocks: k, blocks of each factor; it must divide all widths. The cost falls as 1 / k. The default of 4 costs
             what `low_rank` costs at its default rank (with H = 4 D), and divides the widths of all common models.
         rank: width of a low-rank term `b(a(x))` added to each linear map; 0 for none.
-        start: how a module is made from a dense one: `spectral` (the nearest block product; the low-rank term is the
-            truncated SVD of what that leaves over) or `normal` (random factors whose product has the variance of the
-            dense weights). Modules made from nothing always start `normal`.
+        start: how a module is made from a dense one: `spectral` (the low-rank term, if any, is the truncated SVD, the
+            block product the nearest to what that leaves over) or `normal` (random factors whose product has the
+            variance of the dense weights). Modules made from nothing always start `normal`.
     """
 
     blocks: int = 4
@@ -98,9 +97,9 @@ class BlockLinear(FactorisedLinear):
 
     def __init__(self, d_in: int, d_out: int, blocks: int, rank: int, bias: bool) -> None:
         super().__init__()
-        self.inner = min(d_in, d_out) // blocks
-        self.r = nn.Parameter(torch.empty(blocks, self.inner, d_in // blocks))
-        self.l = nn.Parameter(torch.empty(blocks, d_out // blocks, self.inner))
+        inner = min(d_in, d_out) // blocks
+        self.r = nn.Parameter(torch.empty(blocks, inner, d_in // blocks))
+        self.l = nn.Parameter(torch.empty(blocks, d_out // blocks, inner))
         self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
         self.rank = rank
         if rank:
@@ -111,7 +110,7 @@ class BlockLinear(FactorisedLinear):
         """`[..., in] -> [..., out]`."""
         y = multiply(x, self.r, self.l)
         if self.rank:
-            return y + F.linear(self.a(x), self.b.weight, self.bias)
+            y = y + self.b(self.a(x))
         # Under autocast the product is narrower than the parameters, and the result must be too.
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -123,13 +122,15 @@ class BlockLinear(FactorisedLinear):
             self._start_normal(dense.weight)
         else:
             weight = wide(dense.weight)
+            if self.rank:
+                # First the few directions that stand out, which block-diagonal factors cannot express.
+                a, b, _ = best_factors(weight, self.rank)
+                self.a.weight.copy_(a)
+                self.b.weight.copy_(b)
+                weight = weight - b @ a
             right, left = project(weight, config.blocks)
             self.r.copy_(right)
             self.l.copy_(left)
-            if self.rank:
-                a, b, _ = best_factors(weight - expand(right, left), self.rank)
-                self.a.weight.copy_(a)
-                self.b.weight.copy_(b)
         if self.bias is not None:
             self.bias.copy_(dense.bias)
 
@@ -137,7 +138,8 @@ class BlockLinear(FactorisedLinear):
         # The two terms share the variance.
         variance = weight.detach().float().var(correction=0) / (2 if self.rank else 1)
         # An entry of L Pi R is a sum of |T(b, j)| products, q / k on average over the k^2 sub-matrices.
-        deviation = (variance * len(self.r) / self.inner) ** 0.25
+        k, q, _ = self.r.shape
+        deviation = (variance * k / q) ** 0.25
         self.r.normal_().mul_(deviation)
         self.l.normal_().mul_(deviation)
         if self.rank:
