@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+import torch._dynamo.testing
 from safetensors.torch import load_file, save_file
 
 import fastffn
@@ -150,6 +151,20 @@ def test_compile_in_one_graph(config: FFNConfig) -> None:
     ffn = fastffn.build(config)
     x = torch.randn(4, D)
     torch.testing.assert_close(torch.compile(ffn, fullgraph=True, backend="aot_eager")(x), ffn(x))
+
+
+@pytest.mark.parametrize("config", CASES)
+def test_compile_once_for_any_number_of_tokens(config: FFNConfig) -> None:
+    torch._dynamo.reset()
+    ffn = fastffn.build(config)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ffn, fullgraph=True, backend=counter, dynamic=True)
+    compilations = []
+    for tokens in (4, 7, 9):
+        x = torch.randn(tokens, 3, D)
+        torch.testing.assert_close(compiled(x), ffn(x))
+        compilations.append(counter.frame_count)
+    assert compilations[-1] == compilations[0] > 0
 
 
 @pytest.mark.slow
