@@ -30,7 +30,8 @@ class LowRankConfig(DenseConfig):
     Args:
         rank: r, the width between the two factors of each linear map; None means D / 4. The published rank is 8.
         start: `spectral` (truncated SVD of a dense start, singular values split evenly between the factors; at full
-            rank the function stays the same) or `normal` (random factors whose product has the variance of the dense weights).
+            rank the function stays the same) or `normal` (random factors whose product has the variance of the dense
+            weights).
         rescale: whether a spectral start is scaled up to the Frobenius norm of the dense weights.
     """
 
