@@ -2,11 +2,13 @@
 
 from fastffn.convert.api import convert, merge
 from fastffn.errors import FastFFNError
-from fastffn.nn import DenseConfig, DenseFFN, LowRankConfig, LowRankFFN, build
+from fastffn.nn import BlockConfig, BlockFFN, DenseConfig, DenseFFN, LowRankConfig, LowRankFFN, build
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockConfig",
+    "BlockFFN",
     "DenseConfig",
     "DenseFFN",
     "FastFFNError",

@@ -23,7 +23,7 @@ def test_measures_both_and_states_the_bound() -> None:
     json.dumps(result)
     table = format_step(result)
     assert "arithmetic allows" in table
-    assert "rank 4" in table
+    assert "low_rank, rank 4" in table
 
 
 def test_wrong_results_are_not_timed(monkeypatch) -> None:

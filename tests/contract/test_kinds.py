@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+import torch._dynamo.testing
 from safetensors.torch import load_file, save_file
 
 import fastffn
@@ -18,6 +19,10 @@ from fastffn.registry import get_kind, kind_of, kinds
 
 NAMES = sorted(kinds())
 D, H, O = 20, 36, 12  # noqa: E741
+
+
+# Options of a kind that bring further tensors or shapes, and so must pass the same checks.
+OPTIONS = {"block": [{"blocks": 2, "rank": 3}, {"blocks": 4, "rank": 2, "gated": True, "bias": False, "d_out": O}]}
 
 
 def config_of(name: str, **changes) -> FFNConfig:
@@ -31,7 +36,7 @@ def variants(name: str) -> list[FFNConfig]:
     found = [config_of(name), config_of(name, d_out=O), config_of(name, bias=False)]
     if hasattr(found[0], "gated"):
         found += [config_of(name, gated=True, activation="silu"), config_of(name, gated=True, bias=False, d_out=O)]
-    return found
+    return found + [config_of(name, **options) for options in OPTIONS.get(name, [])]
 
 
 CASES = [pytest.param(config, id=f"{name}-{i}") for name in NAMES for i, config in enumerate(variants(name))]
@@ -44,6 +49,32 @@ def test_shapes(config: FFNConfig, shape: tuple[int, ...]) -> None:
     y = ffn(torch.randn(*shape, D))
     assert y.shape == (*shape, config.d_out or D)
     assert y.dtype == torch.float32
+
+
+@pytest.mark.parametrize("config", CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(config: FFNConfig, dtype: torch.dtype) -> None:
+    ffn = fastffn.build(config)
+    x = torch.randn(30, D, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        y = ffn(x)
+    assert y.dtype == dtype
+    narrow = copy.deepcopy(ffn).to(dtype)(x.to(dtype))
+    # The floor: under autocast activations and parameters are rounded at other places than in the narrow module.
+    gate("autocast", y, narrow, copy.deepcopy(ffn).double()(x.double()), floor=4 * torch.finfo(dtype).eps)
+    y.float().square().mean().backward()
+    assert all(parameter.grad.dtype == torch.float32 and parameter.grad.any() for parameter in ffn.parameters())
+
+
+@pytest.mark.parametrize("config", CASES)
+def test_without_memory_until_weights_are_assigned(config: FFNConfig) -> None:
+    ffn = fastffn.build(config)
+    with torch.device("meta"):
+        empty = fastffn.build(config)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    empty.load_state_dict(ffn.state_dict(), assign=True)
+    x = torch.randn(4, D)
+    assert torch.equal(empty(x), ffn(x))
 
 
 @pytest.mark.parametrize("config", CASES)
@@ -120,6 +151,20 @@ def test_compile_in_one_graph(config: FFNConfig) -> None:
     ffn = fastffn.build(config)
     x = torch.randn(4, D)
     torch.testing.assert_close(torch.compile(ffn, fullgraph=True, backend="aot_eager")(x), ffn(x))
+
+
+@pytest.mark.parametrize("config", CASES)
+def test_compile_once_for_any_number_of_tokens(config: FFNConfig) -> None:
+    torch._dynamo.reset()
+    ffn = fastffn.build(config)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ffn, fullgraph=True, backend=counter, dynamic=True)
+    compilations = []
+    for tokens in (4, 7, 9):
+        x = torch.randn(tokens, 3, D)
+        torch.testing.assert_close(compiled(x), ffn(x))
+        compilations.append(counter.frame_count)
+    assert compilations[-1] == compilations[0] > 0
 
 
 @pytest.mark.slow

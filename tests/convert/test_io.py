@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -208,3 +210,30 @@ def test_bad_descriptions_are_refused(gpt2, tmp_path, change, error, words) -> N
     path.write_text(json.dumps(config))
     with pytest.raises(error, match=words):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_given_state_dict_is_what_is_saved(gpt2, tokens, tmp_path) -> None:
+    fastffn.convert(gpt2, LowRankConfig(rank=5))
+    expected = copy.deepcopy(gpt2)
+    with torch.no_grad():
+        expected.transformer.h[0].mlp.up.a.weight.mul_(2)
+    gpt2.save_pretrained(tmp_path / "given", state_dict=expected.state_dict())
+    gpt2.save_pretrained(tmp_path / "own")
+    loaded, own = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("given", "own"))
+    assert torch.equal(loaded(tokens).logits, expected(tokens).logits)
+    assert torch.equal(own(tokens).logits, gpt2(tokens).logits)
+    code = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
+    assert load_elsewhere(code, str(tmp_path / "given")).returncode != 0
+
+
+def test_copies_save_themselves(gpt2, tokens, tmp_path) -> None:
+    fastffn.convert(gpt2, LowRankConfig(rank=5))
+    for copied in (copy.deepcopy(gpt2), pickle.loads(pickle.dumps(gpt2))):
+        with torch.no_grad():
+            copied.transformer.h[0].mlp.up.a.weight.mul_(2)
+        copied.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(loaded(tokens).logits, copied(tokens).logits)
+        assert not torch.equal(loaded(tokens).logits, gpt2(tokens).logits)
+    fastffn.merge(gpt2)
+    assert "save_pretrained" not in vars(gpt2)

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastffn import LowRankConfig
-from fastffn.convert.fresh import GPT2Shape, step_bound
-from fastffn.measure.flops import count_flops
+from fastffn import BlockConfig, LowRankConfig, build
+from fastffn.convert.fresh import GPT2Shape, fresh_gpt2, step_bound
+from fastffn.measure.flops import count_flops, layer_flops, step_flops
 
 SEED = GPT2Shape(layers=6, d_model=768, heads=12, sequence=1024, vocabulary=50257)
 
@@ -38,3 +38,19 @@ def test_a_higher_rank_allows_less() -> None:
     # At full rank the factors cost more than the dense FFN.
     assert bounds[-1] < 1
     assert bounds[0] < step_bound(shape, LowRankConfig(rank=2)).speedup_of_free_ffn
+
+
+def test_blocks_cost_what_their_formula_says() -> None:
+    d, h, k, tokens = 64, 256, 4, 32
+    with torch.device("meta"):
+        ffn = build(BlockConfig(d_model=d, d_hidden=h, blocks=k))
+    assert layer_flops(ffn, tokens, d) == 3 * 2 * tokens * 2 * d * (d + h) // k
+
+
+def test_batched_products_of_an_ffn_are_not_taken_for_attention() -> None:
+    shape = GPT2Shape(layers=2, d_model=64, heads=4, sequence=32, vocabulary=100)
+    block, low_rank = BlockConfig(blocks=4), LowRankConfig(rank=16)  # of equal cost
+    assert step_bound(shape, block) == step_bound(shape, low_rank)
+    with torch.device("meta"):
+        whole = fresh_gpt2(shape, low_rank)
+    assert step_bound(shape, low_rank).factorised == step_flops(whole, shape.sequence)

@@ -34,8 +34,8 @@ def test_gpt2_small() -> None:
 
 
 def test_options_come_from_the_registry() -> None:
-    assert mergeable_kinds() == ["low_rank"]
-    assert set(ffn_option_types()) == {"rank", "start", "rescale"}
+    assert mergeable_kinds() == ["block", "low_rank"]
+    assert set(ffn_option_types()) == {"blocks", "rank", "start", "rescale"}
     config = PretrainConfig.from_flat({"rank": 7, "start": "normal"})
     assert config.ffn_options == {"rank": 7, "start": "normal"}
     assert config.to_flat()["rank"] == 7

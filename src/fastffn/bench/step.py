@@ -16,6 +16,7 @@ from fastffn.measure.machine import describe_machine
 from fastffn.measure.memory import peak_bytes
 from fastffn.measure.step import compare_steps, random_tokens, training_step
 from fastffn.nn import FFNConfig
+from fastffn.registry import kind_of
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -74,6 +75,7 @@ def bench_step(
     bound = step_bound(shape, ffn)
     return {
         "shape": asdict(shape),
+        "kind": kind_of(ffn).name,
         "ffn": ffn.to_dict(),
         "batch": used,
         "precision": precision,
@@ -120,7 +122,9 @@ def format_step(result: dict[str, Any]) -> str:
         )
     headers = ("model", "seconds a step", "quartiles", "GFLOP/s", "peak MB", "parameters")
     table = tabulate(rows, headers=headers, colalign=("left",) + ("right",) * 5, disable_numparse=True)
-    ffn = ", ".join(f"{k} {v}" for k, v in result["ffn"].items() if k in ("rank", "start"))
+    ffn = ", ".join(
+        [result["kind"]] + [f"{k} {v}" for k, v in result["ffn"].items() if k not in FFNConfig.MODEL_FIELDS]
+    )
     return (
         f"{shape['layers']} layers x {shape['d_model']}, sequence {shape['sequence']}, "
         f"vocabulary {shape['vocabulary']}, "

@@ -10,8 +10,9 @@ import torch
 
 from fastffn.convert.api import convert
 from fastffn.convert.files import read_json
+from fastffn.convert.match import fastffn_modules
 from fastffn.errors import CheckpointError
-from fastffn.measure.flops import StepBound, step_flops
+from fastffn.measure.flops import StepBound, layer_flops, step_flops
 from fastffn.nn import FFNConfig
 
 
@@ -130,4 +131,6 @@ def step_bound(shape: GPT2Shape, ffn: FFNConfig) -> StepBound:
         dense, other = fresh_gpt2(shape), fresh_gpt2(shape, ffn)
     flops = step_flops(dense, shape.sequence)
     without_ffn = flops - shape.sequence * shape.ffn_flops_per_token
-    return StepBound(flops, step_flops(other, shape.sequence), without_ffn)
+    # Counted by themselves: in a whole model their batched products could not be told from those of attention.
+    ffns = sum(layer_flops(module, shape.sequence, shape.d_model) for _, module in fastffn_modules(other))
+    return StepBound(flops, without_ffn + ffns, without_ffn)

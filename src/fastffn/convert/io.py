@@ -20,6 +20,7 @@ import collections
 import copy
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from fastffn.convert import match
 from fastffn.errors import CheckpointError, ConfigError
 from fastffn.nn import FFNConfig
+from fastffn.nn.sharding import is_sharded
 from fastffn.registry import get_kind, kind_of
 
 QUANT_METHOD = "fastffn"
@@ -107,6 +109,7 @@ class FastFFNQuantizer(HfQuantizer):
     """Puts FastFFN's modules in place before a checkpoint's weights load, or converts once a dense one has loaded."""
 
     quantization_config: FastFFNConfig
+    given_state: Mapping[str, torch.Tensor] | None = None  # what save_pretrained was given, while it runs
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if not self.pre_quantized:
@@ -148,9 +151,20 @@ class FastFFNQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
-        """The model's tensors, and those that stop transformers without FastFFN."""
+        """The tensors given to `save_pretrained`, or the model's; and those that stop transformers without FastFFN.
+
+        Raises:
+            CheckpointError: the model is sharded, and no full state dict was given.
+        """
         family = match.family_of(model.config)
-        state = dict(model.state_dict())
+        state = dict(model.state_dict() if self.given_state is None else self.given_state)
+        if any(is_sharded(tensor) for tensor in state.values()):
+            raise CheckpointError(
+                "The model is sharded: its tensors are spread over processes. Gather them in all of them, "
+                "state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) "
+                "of torch.distributed.checkpoint.state_dict, then save in one: "
+                "model.save_pretrained(directory, state_dict=state)."
+            )
         for path, _ in match.fastffn_modules(model):
             # One is enough to stop the loading; c_fc.weight and its like are never optional.
             first = next(iter(family.tensors.values()))
@@ -176,6 +190,28 @@ class FastFFNQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Yes."""
         return True
+
+
+class _SavePretrained:
+    """A model's `save_pretrained`, which writes the state dict that it is given.
+
+    transformers asks the quantizer for the tensors of a model that has one, and drops those that the caller gave:
+    under FSDP the only whole ones. An object and not a function, so that models can be copied and pickled.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(
+        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        quantizer: Any = self.model.hf_quantizer
+        quantizer.given_state = state_dict
+        try:
+            save = type(self.model).save_pretrained
+            return save(self.model, save_directory, is_main_process, state_dict, *args, **kwargs)
+        finally:
+            quantizer.given_state = None
 
 
 def _check_complete(model: nn.Module, needed: list[str], files: list[str] | None) -> None:
@@ -225,13 +261,14 @@ def attach(model: nn.Module) -> None:
             module.hf_quantizer = FastFFNQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
             # Nothing is quantized: .half(), .float() and torch.compile must go on working.
             module.is_quantized = False  # type: ignore[assignment]
+            module.save_pretrained = _SavePretrained(module)  # type: ignore[method-assign]
 
 
 def detach(model: nn.Module) -> None:
     """Takes every trace of FastFFN off a model whose FFNs are its own again."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+            for name in ("hf_quantizer", "quantization_method", "is_quantized", "save_pretrained"):
                 vars(module).pop(name, None)
             for name in ("quantization_config", "_is_quantized"):
                 vars(module.config).pop(name, None)

@@ -89,7 +89,8 @@ def family_of(model_config: Any) -> Family:
 def family_ffns(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module]]:
     """`(path, module)` of every FFN of the family in `model`, in order."""
     for path, module in model.named_modules():
-        if type(module).__name__ == family.ffn_class:
+        # fully_shard puts a class of its own in front of the module's.
+        if any(cls.__name__ == family.ffn_class for cls in type(module).__mro__):
             yield path, module
 
 

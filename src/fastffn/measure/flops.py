@@ -43,6 +43,19 @@ def step_flops(model: nn.Module, sequence: int) -> int:
     return count_flops(run)
 
 
+def layer_flops(layer: nn.Module, sequence: int, width: int) -> int:
+    """Forward and backward FLOPs of a layer without attention (on device "meta") on one sequence.
+
+    Its batched products, such as those of block-diagonal matrices, count in full.
+    """
+
+    def run() -> Any:
+        x = torch.zeros(1, sequence, width, device="meta", requires_grad=True)
+        return layer(x).sum().backward()
+
+    return count_flops(run, causal=False)
+
+
 @dataclass(frozen=True)
 class StepBound:
     """What arithmetic alone allows stage 1 to gain.

@@ -1,12 +1,15 @@
 """FFN kinds, one file each. Importing a file registers its kind."""
 
 from fastffn.nn.base import FFN, FFNConfig, MergedTensor
+from fastffn.nn.block import BlockConfig, BlockFFN
 from fastffn.nn.build import build
 from fastffn.nn.dense import DenseConfig, DenseFFN
 from fastffn.nn.low_rank import LowRankConfig, LowRankFFN
 
 __all__ = [
     "FFN",
+    "BlockConfig",
+    "BlockFFN",
     "DenseConfig",
     "DenseFFN",
     "FFNConfig",

@@ -15,8 +15,10 @@ from torch import nn
 
 from fastffn.errors import ConfigError, KindError, ShapeError, did_you_mean
 from fastffn.nn.activations import get_activation
+from fastffn.nn.sharding import is_sharded
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor.parallel import ParallelStyle
     from typing_extensions import Self
 
     from fastffn.nn.dense import DenseFFN
@@ -146,13 +148,18 @@ class FFN(nn.Module, Generic[C]):
         """The `dense` kind that computes the same function, up to rounding.
 
         Raises:
-            KindError: this kind has no dense equivalent.
+            KindError: this kind has no dense equivalent, or its parameters are spread over processes.
         """
         from fastffn.nn.dense import DenseConfig, DenseFFN
 
         recipe = self.merged_tensors(self.config)
         if recipe is None:
             raise KindError(f"{type(self).__name__} cannot be merged: no dense FFN computes the same function.")
+        if any(is_sharded(parameter) for parameter in self.parameters()):
+            raise KindError(
+                f"{type(self).__name__} is sharded: its parameters are spread over processes, and would be dense and "
+                "whole on each of them. Save a full state dict, and merge a model that has loaded it in one process."
+            )
         with torch.device("meta"):
             dense = DenseFFN(DenseConfig().fitted_to(self.config))
         state = self.state_dict()
@@ -169,6 +176,21 @@ class FFN(nn.Module, Generic[C]):
 
     def decay_product_(self, amount: float) -> None:
         """Decays what the factors multiply out to by `amount`, in place; nothing to do for other kinds."""
+
+    @classmethod
+    def tensor_parallel_plan(cls, config: C) -> dict[str, ParallelStyle]:
+        """How to split a module of this kind over processes, for `parallelize_module`.
+
+        Returns:
+            A style for each of the module's parts by name; see `torch.distributed.tensor.parallel`.
+
+        Raises:
+            KindError: this kind cannot be split so.
+        """
+        raise KindError(
+            f"{cls.__name__} has no tensor-parallel plan. torch.distributed.fsdp.fully_shard shards every kind; dense "
+            "and low_rank have plans."
+        )
 
     def check_input(self, x: torch.Tensor) -> None:
         """Raises ShapeError unless the last axis of `x` is d_model."""

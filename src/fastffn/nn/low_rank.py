@@ -11,10 +11,13 @@ from torch import nn
 
 from fastffn.errors import ConfigError
 from fastffn.nn.base import MergedTensor
-from fastffn.nn.dense import DenseConfig, DenseFFN, LinearMapFFN
+from fastffn.nn.dense import DenseConfig
+from fastffn.nn.factorised import FactorisedFFN, FactorisedLinear, best_factors, wide
+from fastffn.nn.sharding import subtract_, whole
 from fastffn.registry import register_ffn
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor.parallel import ParallelStyle
     from typing_extensions import Self
 
 STARTS = ("spectral", "normal")
@@ -26,8 +29,9 @@ class LowRankConfig(DenseConfig):
 
     Args:
         rank: r, the width between the two factors of each linear map; None means D / 4. The published rank is 8.
-        start: `spectral` (truncated SVD of a dense start, singular values split evenly between the factors) or
-            `normal` (random factors whose product has the variance of the dense weights).
+        start: `spectral` (truncated SVD of a dense start, singular values split evenly between the factors; at full
+            rank the function stays the same) or `normal` (random factors whose product has the variance of the dense
+            weights).
         rescale: whether a spectral start is scaled up to the Frobenius norm of the dense weights.
     """
 
@@ -57,7 +61,7 @@ class LowRankConfig(DenseConfig):
         return dataclasses.replace(config, rank=rank)
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(FactorisedLinear):
     """`y = b(a(x))`: a linear map of rank r, without a bias between the factors.
 
     Shapes: `a.weight [r, in]`, `b.weight [out, r]`, `b.bias [out]`.
@@ -74,23 +78,33 @@ class LowRankLinear(nn.Module):
         return y
 
     @torch.no_grad()
-    def start_from(self, weight: torch.Tensor, start: str, rescale: bool) -> None:
-        """Sets the factors from a dense `weight [out, in]`."""
+    def start_from(self, dense: nn.Linear, config: DenseConfig, *, fresh: bool) -> None:
+        """See `FactorisedLinear.start_from`; a fresh start is made like any other."""
+        assert isinstance(config, LowRankConfig)
         rank = self.a.out_features
-        if start == "normal":
+        if config.start == "normal":
             # var(sum of r products) = r var(a) var(b); both factors get the fourth root of var(W) / r as deviation.
-            deviation = (weight.detach().float().var(correction=0) / rank) ** 0.25
+            deviation = (dense.weight.detach().float().var(correction=0) / rank) ** 0.25
             self.a.weight.normal_().mul_(deviation)
             self.b.weight.normal_().mul_(deviation)
-            return
-        wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-        u, s, vh = torch.linalg.svd(wide, full_matrices=False)
-        u, s, vh = u[:, :rank], s[:rank], vh[:rank]
-        if rescale:
-            s = s * (wide.norm() / s.norm().clamp_min(torch.finfo(s.dtype).tiny))
-        root = s.sqrt()
-        self.a.weight.copy_(root[:, None] * vh)
-        self.b.weight.copy_(u * root)
+        else:
+            weight = wide(dense.weight)
+            a, b, s = best_factors(weight, rank)
+            if config.rescale:
+                root = (weight.norm() / s.norm().clamp_min(torch.finfo(s.dtype).tiny)).sqrt()
+                a, b = root * a, root * b
+            self.a.weight.copy_(a)
+            self.b.weight.copy_(b)
+        if self.b.bias is not None:
+            self.b.bias.copy_(dense.bias)
+
+    @torch.no_grad()
+    def decay_product_(self, amount: float) -> None:
+        """`b -= amount * b (a a^T)`, `a -= amount * (b^T b) a`, both from the old values."""
+        a, b = whole(self.a.weight), whole(self.b.weight)
+        step_b, step_a = b @ (a @ a.T), (b.T @ b) @ a
+        subtract_(self.b.weight, step_b, amount)
+        subtract_(self.a.weight, step_a, amount)
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -100,7 +114,7 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 @register_ffn("low_rank", LowRankConfig)
-class LowRankFFN(LinearMapFFN[LowRankConfig]):
+class LowRankFFN(FactorisedFFN[LowRankConfig, LowRankLinear]):
     """A dense FFN whose linear maps have rank r: `W = B A`, the activation between the two maps.
 
     Shapes:
@@ -114,41 +128,10 @@ class LowRankFFN(LinearMapFFN[LowRankConfig]):
     Reference: FastFFN, stage 1 (MindSpore research code, 2022).
     """
 
-    def __init__(self, config: LowRankConfig) -> None:
-        super().__init__(config)
-        dense = DenseFFN(DenseConfig().fitted_to(self.config))
-        # Without weights (device "meta": a checkpoint is about to be loaded) there is nothing to start from.
-        if not any(parameter.is_meta for parameter in dense.parameters()):
-            self._start_from(dense)
-
-    def linear_map(self, d_in: int, d_out: int) -> nn.Module:
+    def linear_map(self, d_in: int, d_out: int) -> LowRankLinear:
         """Two factors."""
         assert self.config.rank is not None
         return LowRankLinear(d_in, d_out, self.config.rank, self.config.bias)
-
-    def _linears(self) -> dict[str, LowRankLinear]:
-        return {name: getattr(self, name) for name in self.config.linear_maps()}
-
-    @torch.no_grad()
-    def _start_from(self, dense: DenseFFN) -> None:
-        for name, linear in self._linears().items():
-            source = getattr(dense, name)
-            linear.start_from(source.weight, self.config.start, self.config.rescale)
-            if self.config.bias:
-                linear.b.bias.copy_(source.bias)
-
-    @classmethod
-    def from_dense(cls, dense: DenseFFN, config: LowRankConfig) -> Self:
-        """Factors that approximate `dense` as `config.start` says; biases are copied.
-
-        With `rank = min(in, out)` and a spectral start the function stays the same, up to rounding.
-        """
-        with torch.device("meta"):
-            module = cls(config.fitted_to(dense.config))
-        like = next(dense.parameters())
-        module.to(like.dtype).to_empty(device=like.device)
-        module._start_from(dense)
-        return module.train(dense.training)
 
     @classmethod
     def merged_tensors(cls, config: LowRankConfig) -> dict[str, MergedTensor]:
@@ -160,14 +143,18 @@ class LowRankFFN(LinearMapFFN[LowRankConfig]):
                 recipe[f"{name}.bias"] = MergedTensor((f"{name}.b.bias",))
         return recipe
 
-    @torch.no_grad()
-    def decay_product_(self, amount: float) -> None:
-        """Frobenius decay: one step of size `amount` against the gradient of ||B A||^2 / 2, factors at once.
+    @classmethod
+    def tensor_parallel_plan(cls, config: LowRankConfig) -> dict[str, ParallelStyle]:
+        """The wide sides are split (`up.b` and `gate.b` by columns, `down.a` by rows), the thin factors replicated.
 
-        `b -= amount * b (a a^T)`, `a -= amount * (b^T b) a`, both from the old values.
+        Communication: one all-reduce of r numbers a token forward (the output of `down.a`; the dense kind moves O);
+        backward one of r numbers for `up.b`, one more for `gate.b`. In exchange every process computes `up.a`,
+        `gate.a` and `down.b` whole: `r (D + O)` multiply-adds a token that do not become fewer with more processes.
         """
-        for linear in self._linears().values():
-            a, b = linear.a.weight, linear.b.weight
-            step_b, step_a = b @ (a @ a.T), (b.T @ b) @ a
-            b.sub_(step_b, alpha=amount)
-            a.sub_(step_a, alpha=amount)
+        from fastffn.nn.tensor_parallel import ColwiseParallel, Replicated, RowwiseParallel
+
+        plan: dict[str, ParallelStyle] = {}
+        for name in config.resolved().linear_maps():
+            a, b = (RowwiseParallel(), Replicated()) if name == "down" else (Replicated(), ColwiseParallel())
+            plan |= {f"{name}.a": a, f"{name}.b": b}
+        return plan

@@ -1,0 +1,93 @@
+"""What the kinds share whose linear maps are products of factors, and that become dense by multiplying them out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from fastffn.nn.dense import DenseConfig, DenseFFN, LinearMapFFN
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class FactorisedLinear(nn.Module):
+    """A linear map `[..., in] -> [..., out]` made of factors."""
+
+    def start_from(self, dense: nn.Linear, config: DenseConfig, *, fresh: bool) -> None:
+        """Sets the factors from a dense map.
+
+        Args:
+            dense: the map to approximate; its bias is copied.
+            config: of the kind.
+            fresh: whether `dense` is only an example of what fresh weights look like, of which the spread counts and
+                not the values.
+        """
+        raise NotImplementedError
+
+    def decay_product_(self, amount: float) -> None:
+        """One step of size `amount` against the gradient of ||W||^2 / 2, all factors at once, from the old values."""
+        raise NotImplementedError
+
+
+L = TypeVar("L", bound=FactorisedLinear)
+M = TypeVar("M", bound=DenseConfig)
+
+
+class FactorisedFFN(LinearMapFFN[M], Generic[M, L]):
+    """An FFN whose linear maps are made of factors: `linear_map` gives a `FactorisedLinear`."""
+
+    def __init__(self, config: M) -> None:
+        super().__init__(config)
+        dense = DenseFFN(DenseConfig().fitted_to(self.config))
+        # Without weights (device "meta": a checkpoint is about to be loaded) there is nothing to start from.
+        if not any(parameter.is_meta for parameter in dense.parameters()):
+            self._start_from(dense, fresh=True)
+
+    def linear_map(self, d_in: int, d_out: int) -> L:
+        """See `LinearMapFFN.linear_map`."""
+        raise NotImplementedError
+
+    def _linears(self) -> dict[str, L]:
+        return {name: getattr(self, name) for name in self.config.linear_maps()}
+
+    @torch.no_grad()
+    def _start_from(self, dense: DenseFFN, *, fresh: bool) -> None:
+        for name, linear in self._linears().items():
+            linear.start_from(getattr(dense, name), self.config, fresh=fresh)
+
+    @classmethod
+    def from_dense(cls, dense: DenseFFN, config: M) -> Self:
+        """Factors that approximate `dense` as `config.start` says; biases are copied."""
+        with torch.device("meta"):
+            module = cls(config.fitted_to(dense.config))
+        like = next(dense.parameters())
+        module.to(like.dtype).to_empty(device=like.device)
+        module._start_from(dense, fresh=False)
+        return module.train(dense.training)
+
+    @torch.no_grad()
+    def decay_product_(self, amount: float) -> None:
+        """Frobenius decay: one step of size `amount` against the gradient of ||W||^2 / 2 for each linear map W."""
+        for linear in self._linears().values():
+            linear.decay_product_(amount)
+
+
+def best_factors(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The truncated SVD of `weight [..., out, in]`: the nearest matrix of that rank in the Frobenius norm.
+
+    Returns:
+        `a [..., rank, in]` and `b [..., out, rank]` with `b @ a` the approximation, its singular values split evenly
+        between them, and those `[..., rank]`.
+    """
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    u, s, vh = u[..., :rank], s[..., :rank], vh[..., :rank, :]
+    root = s.sqrt()
+    return root[..., :, None] * vh, u * root[..., None, :], s
+
+
+def wide(weight: torch.Tensor) -> torch.Tensor:
+    """`weight` in a dtype that an SVD can work in: float32 at least."""
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
