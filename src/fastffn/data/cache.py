@@ -1,0 +1,90 @@
+"""Token blocks in the memory-mapped cache of `datasets`: written once, found again by fingerprint.
+
+`datasets` writes into a folder `....incomplete` under a lock, and renames it when all is there: of several processes
+one does the work, and what a killed one leaves is never read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import datasets
+
+from fastffn.data.text import TextSource
+from fastffn.data.tokenise import block_tables
+from fastffn.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+# Changes when the same text and tokenizer would give other blocks: part of the fingerprint.
+LAYOUT_VERSION = 2
+
+
+@dataclass
+class _Config(datasets.BuilderConfig):  # type: ignore[misc]
+    """All that the blocks depend on, in plain values: `datasets` makes the folder's name of them."""
+
+    source: dict[str, Any] | None = None
+    tokenizer_json: str = ""
+    end_of_text: int = 0
+    block: int = 0
+    every: int | None = None
+    layout: int = LAYOUT_VERSION
+
+
+class TokenBlocksBuilder(datasets.ArrowBasedBuilder):  # type: ignore[misc]
+    """Writes the blocks as whole tables: row by row took eighty times as long (docs/log.md)."""
+
+    BUILDER_CONFIG_CLASS = _Config
+    seconds = 0.0
+
+    def _info(self) -> Any:
+        features = {
+            "input_ids": datasets.Sequence(datasets.Value("int32"), length=self.config.block),
+            "note": datasets.Value("string"),
+        }
+        return datasets.DatasetInfo(features=datasets.Features(features))
+
+    def _split_generators(self, dl_manager: Any) -> list[Any]:
+        return [datasets.SplitGenerator(name=datasets.Split.TRAIN)]
+
+    def _generate_tables(self) -> Iterator[tuple[Any, pyarrow.Table]]:
+        begun = time.perf_counter()
+        config = self.config
+        source = TextSource(**config.source | {"files": tuple(config.source["files"])})
+        tables = block_tables(source, config.tokenizer_json, config.end_of_text, config.block, config.every)
+        for number, table in enumerate(tables):
+            yield datasets.builder.Key(0, number), table
+        self.seconds = time.perf_counter() - begun
+
+
+def cached_rows(
+    source: TextSource, tokenizer_json: str, end_of_text: int, block: int, every: int | None
+) -> tuple[Any, float]:
+    """The rows of `block_tables`, and the seconds that writing them took: 0.0 if they were there.
+
+    Raises:
+        DataError: the text cannot be read.
+    """
+    builder = TokenBlocksBuilder(
+        source=asdict(source), tokenizer_json=tokenizer_json, end_of_text=end_of_text, block=block, every=every
+    )
+    # There is a bar of ours, which knows what is being done.
+    shown = not datasets.are_progress_bars_disabled()
+    if shown:
+        datasets.disable_progress_bars()
+    try:
+        builder.download_and_prepare()
+    except datasets.exceptions.DatasetGenerationError as error:
+        # datasets wraps what the generator raised; the user wants the cause.
+        if isinstance(error.__cause__, DataError):
+            raise error.__cause__ from None
+        raise
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+    return builder.as_dataset(split=datasets.Split.TRAIN), builder.seconds
