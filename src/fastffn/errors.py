@@ -62,6 +62,6 @@ class MeasurementError(FastFFNError, AssertionError):
 
 
 def did_you_mean(given: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
-    """Returns ` Did you mean 'x'?` for the nearest known name, or an empty string where none is at least `cutoff` like it."""
+    """Returns ` Did you mean 'x'?` for the nearest known name, or an empty string if none is near enough."""
     nearest = difflib.get_close_matches(given, list(known), n=1, cutoff=cutoff)
     return f" Did you mean '{nearest[0]}'?" if nearest else ""

@@ -96,10 +96,12 @@ def token_blocks(
                 f"{', or text to validate on with --validation' if every else ''}, or a shorter --sequence."
             )
     return TokenBlocks(
-        train,
-        unseen,
-        *record.characters,
-        *record.documents,
+        train=train,
+        validation=unseen,
+        train_characters=record.characters[0],
+        validation_characters=record.characters[1],
+        train_documents=record.documents[0],
+        validation_documents=record.documents[1],
         held_out=record.held_out or "validation text",
         seconds=seconds,
         tokens_per_second=tokens / seconds if seconds else None,

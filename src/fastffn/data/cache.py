@@ -25,7 +25,7 @@ LAYOUT_VERSION = 2
 
 
 @dataclass
-class _Config(datasets.BuilderConfig):  # type: ignore[misc]
+class _Config(datasets.BuilderConfig):
     """All that the blocks depend on, in plain values: `datasets` makes the folder's name of them."""
 
     source: dict[str, Any] | None = None
@@ -36,7 +36,7 @@ class _Config(datasets.BuilderConfig):  # type: ignore[misc]
     layout: int = LAYOUT_VERSION
 
 
-class TokenBlocksBuilder(datasets.ArrowBasedBuilder):  # type: ignore[misc]
+class TokenBlocksBuilder(datasets.ArrowBasedBuilder):
     """Writes the blocks as whole tables: row by row took eighty times as long (docs/log.md)."""
 
     BUILDER_CONFIG_CLASS = _Config
@@ -79,10 +79,16 @@ def cached_rows(
         datasets.disable_progress_bars()
     try:
         builder.download_and_prepare()
-    except datasets.exceptions.DatasetGenerationError as error:
-        # datasets wraps what the generator raised; the user wants the cause.
-        if isinstance(error.__cause__, DataError):
-            raise error.__cause__ from None
+    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+        # datasets wraps what was raised while the blocks were made; the user wants the cause.
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(cause, DataError):
+            raise cause from None
+        if isinstance(cause, OSError):
+            raise DataError(
+                f"The token blocks cannot be written into {builder.cache_dir} ({cause}). HF_DATASETS_CACHE names "
+                "another folder, TMPDIR one for the validation blocks until all are made."
+            ) from error
         raise
     finally:
         if shown:

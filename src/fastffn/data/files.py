@@ -65,7 +65,7 @@ def file_pieces(path: Path, column: str, separator: str | None, size: int, repor
     what = FORMATS.get(kind, "text")
     if what == "parquet":
         if compression:
-            raise DataError(f"{path}: Parquet is read only as it is, it compresses by itself. Unpack the {compression}.")
+            raise DataError(f"{path}: Parquet compresses by itself and is read only so. Unpack the {compression}.")
         texts = _parquet_texts(path, column, report)
     elif what == "json lines":
         texts = _json_texts(path, column, _chunks(path, compression, report))
@@ -220,7 +220,7 @@ def _parquet_texts(path: Path, column: str, report: Report) -> Iterator[str]:
         raise DataError(f"{path}: a text in the rows from {done + 1} on is not UTF-8 ({error}).") from error
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{path} cannot be read as Parquet; it is damaged, cut off, or something else: {reason}") from error
+        raise DataError(f"{path} cannot be read as Parquet; it is damaged, cut off or no Parquet: {reason}") from error
 
 
 def checked_text(text: Any, column: str, where: str) -> str:

@@ -30,14 +30,14 @@ def pieces_of(text: str, size: int) -> Iterator[Piece]:
 
 
 def split_documents(texts: Iterator[str], separator: str | None, size: int) -> Iterator[Piece]:
-    """The documents of a text that itself comes in stretches of any length.
+    r"""The documents of a text that itself comes in stretches of any length.
 
     Args:
         texts: the stretches.
         separator: the line that ends a document; `blank`: blank lines do; None or empty: all of it is one document.
         size: characters in a piece, at most.
 
-    The line breaks before and after a separator (`\\n` or `\\r\\n`) belong to it, not to the documents; all else is
+    The line breaks before and after a separator (`\n` or `\r\n`) belong to it, not to the documents; all else is
     kept as it is. Documents of white space only are left out, and so is white space at the beginning of a document
     where it fills a piece.
     """

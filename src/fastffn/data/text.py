@@ -62,10 +62,11 @@ class TextSource:
             before = 0
             for name in self.files:
                 file = Path(name)
-                start = before
-                yield from file_pieces(
-                    file, self.column, self.separator, longest, lambda position, start=start: report(start + position)
-                )
+
+                def report_file(position: int, before: int = before) -> None:
+                    report(before + position)
+
+                yield from file_pieces(file, self.column, self.separator, longest, report_file)
                 before += file.stat().st_size
         else:
             yield from rows_pieces(self.data, self.split, self.column, _PIECE, saved=self.kind == "saved")

@@ -67,6 +67,15 @@ def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Any:
     return backend
 
 
+def encoded_pieces(tokenizer: PreTrainedTokenizerFast, pieces: Iterator[Piece]) -> Iterator[tuple[Piece, list[int]]]:
+    """Each piece and its token numbers, without special tokens; all cores are used."""
+    backend = plain_backend(tokenizer)
+    for batch in _batches(_parts(pieces, None, None)):
+        texts = [part.piece.text for part in batch]
+        for part, encoding in zip(batch, backend.encode_batch_fast(texts, add_special_tokens=False), strict=True):
+            yield part.piece, encoding.ids
+
+
 def block_tables(
     source: TextSource, tokenizer_json: str, end_of_text: int, block: int, every: int | None
 ) -> Iterator[pyarrow.Table]:

@@ -88,7 +88,7 @@ class _Run:
             if size is None:
                 tokenizer = load_tokenizer(config.tokenizer)
             else:
-                source = find_text(config.data, column=config.text_column)
+                source = find_text(config.data, column=config.text_column, separator=config.document_separator)
                 tokenizer = train_tokenizer(source, size, progress=sys.stderr.isatty())
         if config.vocabulary is not None and len(tokenizer) != config.vocabulary:
             raise DataError(
@@ -106,6 +106,7 @@ class _Run:
             validation=config.validation,
             validation_fraction=config.validation_fraction,
             column=config.text_column,
+            separator=config.document_separator,
         )
         _say(
             f"Text: {config.data}, {blocks.train_characters + blocks.validation_characters:,} characters; "
@@ -438,7 +439,7 @@ class _Run:
         model: Any = AutoModelForCausalLM.from_pretrained(self.output / "stage2")
         model.to(self.device).eval()
         length = max(1, min(32, self.config.sequence // 4))
-        prompt = self.blocks.validation[0]["input_ids"][:length]
+        prompt = self.blocks.validation[0]["input_ids"][:length].tolist()
         ids = torch.tensor([prompt], device=self.device)
         set_seed(self.config.seed)
         generated = model.generate(
