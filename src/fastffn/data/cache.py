@@ -33,7 +33,7 @@ class _Config(datasets.BuilderConfig):
     end_of_text: int = 0
     block: int = 0
     every: int | None = None
-    layout: int = LAYOUT_VERSION
+    layout: int = 0
 
 
 class TokenBlocksBuilder(datasets.ArrowBasedBuilder):
@@ -70,14 +70,20 @@ def cached_rows(
     Raises:
         DataError: the text cannot be read.
     """
-    builder = TokenBlocksBuilder(
-        source=asdict(source), tokenizer_json=tokenizer_json, end_of_text=end_of_text, block=block, every=every
-    )
     # There is a bar of ours, which knows what is being done.
     shown = not datasets.are_progress_bars_disabled()
     if shown:
         datasets.disable_progress_bars()
     try:
+        # Only what is given here is part of the fingerprint; the defaults above are not.
+        builder = TokenBlocksBuilder(
+            source=asdict(source),
+            tokenizer_json=tokenizer_json,
+            end_of_text=end_of_text,
+            block=block,
+            every=every,
+            layout=LAYOUT_VERSION,
+        )
         builder.download_and_prepare()
     except (OSError, datasets.exceptions.DatasetGenerationError) as error:
         # datasets wraps what was raised while the blocks were made; the user wants the cause.
@@ -86,7 +92,7 @@ def cached_rows(
             raise cause from None
         if isinstance(cause, OSError):
             raise DataError(
-                f"The token blocks cannot be written into {builder.cache_dir} ({cause}). HF_DATASETS_CACHE names "
+                f"The token blocks cannot be written into {datasets.config.HF_DATASETS_CACHE} ({cause}). HF_DATASETS_CACHE names "
                 "another folder, TMPDIR one for the validation blocks until all are made."
             ) from error
         raise
