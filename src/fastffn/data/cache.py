@@ -92,8 +92,8 @@ def cached_rows(
             raise cause from None
         if isinstance(cause, OSError):
             raise DataError(
-                f"The token blocks cannot be written into {datasets.config.HF_DATASETS_CACHE} ({cause}). HF_DATASETS_CACHE names "
-                "another folder, TMPDIR one for the validation blocks until all are made."
+                f"The token blocks cannot be written into {datasets.config.HF_DATASETS_CACHE} ({cause}). Another "
+                "folder is named by HF_DATASETS_CACHE, and by TMPDIR for validation blocks until all are made."
             ) from error
         raise
     finally:
