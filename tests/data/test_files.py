@@ -109,6 +109,12 @@ def test_not_utf8(tmp_path, monkeypatch, packed, chunk) -> None:
             refused(path, f"not UTF-8 text: {message}{unpacked}")
 
 
+def test_not_utf8_in_a_later_line(tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "x"}\r\n\n{"text": "\xff"}\n')
+    refused(path, f"byte 0xff at byte {path.read_bytes().index(255)} is")
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
 def test_binary(tmp_path, monkeypatch, name) -> None:
     path = tmp_path / name
@@ -172,7 +178,10 @@ def test_too_long_for_one_value(tmp_path, monkeypatch) -> None:
     # With its end, and one whose end is not even looked for.
     for length in (2**20 + 1, 5 * 2**20):
         path.write_text(f"{fits}\n{'x' * length}\n{fits}")
-        refused(path, "line 2: a document of more than 1 MiB")
+        positions: list[int] = []
+        with pytest.raises(DataError, match="line 2: a document of more than 1 MiB"):
+            list(file_pieces(path, "text", None, 1000, positions.append))
+        assert positions[-1] <= 4 * 2**20
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x", "x" * (2**20 + 1)]}), tmp_path / "a.parquet")
     refused(tmp_path / "a.parquet", "row 2: a document of more than 1 MiB")
 
