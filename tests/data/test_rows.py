@@ -14,11 +14,14 @@ real_builder = datasets.load_dataset_builder
 @pytest.fixture(autouse=True)
 def _resolve_anew():
     """Names are resolved once in a process, but here they change their meaning."""
-    rows._builder.cache_clear()
-    rows._streams.cache_clear()
+    as_a_new_process()
     yield
-    rows._builder.cache_clear()
-    rows._streams.cache_clear()
+    as_a_new_process()
+
+
+def as_a_new_process() -> None:
+    for cached in (rows._builder, rows._streams, rows._resolved):
+        cached.cache_clear()
 
 
 @pytest.fixture
@@ -91,12 +94,10 @@ def test_identity_of_a_stream(hub) -> None:
     hub.put("owner/name", train=["first"], validation=["first"])
     identity = find_text("owner/name").identity
     assert find_text("owner/name", split="validation").identity != identity
-    rows._builder.cache_clear()
-    rows._streams.cache_clear()
+    as_a_new_process()
     assert find_text("owner/name").identity == identity
     hub.put("owner/name", train=["changed"], validation=["first"])
-    rows._builder.cache_clear()
-    rows._streams.cache_clear()
+    as_a_new_process()
     assert find_text("owner/name").identity != identity
 
 
@@ -110,6 +111,24 @@ def test_blocks_of_a_stream_are_reused(hub, tokenizer) -> None:
     assert again.seconds == 0.0
     assert again.identity == first.identity
     assert "machine" in tokenizer.decode(again.validation["input_ids"][:].flatten())
+
+
+def test_blocks_that_are_there_need_no_network(hub, tokenizer, monkeypatch) -> None:
+    hub.put("owner/once", train=["the cat sees the river. " * 50] * 4, validation=["no machine forgets. " * 50])
+    first = token_blocks("owner/once", tokenizer, 16)
+    as_a_new_process()
+
+    def unreachable(name, configuration=None):
+        raise ConnectionError(f"cannot reach {name}")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
+    again = token_blocks("owner/once", tokenizer, 16)
+    assert (again.seconds, again.identity) == (0.0, first.identity)
+    # What is not there does.
+    with pytest.raises(DataError, match="ConnectionError: cannot reach owner/once"):
+        token_blocks("owner/once", tokenizer, 17)
+    with pytest.raises(DataError, match="ConnectionError: cannot reach owner/never"):
+        find_text("owner/never")
 
 
 def refused(data: str, words: str, **settings) -> None:

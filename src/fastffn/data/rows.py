@@ -5,11 +5,15 @@ Streamed means that no copy of the text is stored: of openwebtext's 40 GB only t
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from fastffn.data.files import checked_text, no_column
 from fastffn.data.pieces import Piece, pieces_of
@@ -42,7 +46,9 @@ def is_saved(path: Path) -> bool:
 
 def splits(data: str, *, saved: bool) -> list[str]:
     """Names of a data set's splits; none where it is saved without any."""
-    loaded = _saved(data) if saved else _streams(data)
+    if not saved:
+        return list(_resolved(data)["splits"])
+    loaded = _saved(data)
     return list(loaded) if isinstance(loaded, dict) else []
 
 
@@ -52,13 +58,10 @@ def rows_identity(data: str, split: str | None, *, saved: bool) -> str:
     Raises:
         DataError: there is no such data set or split.
     """
-    rows, name = _rows(data, split, saved=saved)
     if saved:
-        return str(rows._fingerprint)
-    builder = _builder(data)
-    repository, configuration = hub_name(data)
-    # Of a data set on the hub, `hash` is the commit, from which it is then streamed.
-    return f"{repository} {configuration} {builder.config_id} {builder.hash} {name}"
+        return str(_rows(data, split, saved=True)._fingerprint)
+    found = _resolved(data)
+    return f"{found['identity']} {_chosen(data, split, found['splits'])}"
 
 
 def rows_pieces(data: str, split: str | None, column: str, size: int, *, saved: bool) -> Iterator[Piece]:
@@ -77,7 +80,7 @@ def rows_pieces(data: str, split: str | None, column: str, size: int, *, saved: 
 def _texts(data: str, split: str | None, column: str, *, saved: bool) -> Iterator[str]:
     import pyarrow
 
-    rows, _ = _rows(data, split, saved=saved)
+    rows = _rows(data, split, saved=saved)
     done = 0
     try:
         for table in rows.with_format("arrow").iter(batch_size=_ROWS):
@@ -100,16 +103,19 @@ def _articles(lines: Iterator[str]) -> Iterator[str]:
     yield "".join(article)
 
 
-def _rows(data: str, split: str | None, *, saved: bool) -> tuple[Any, str | None]:
-    """The rows of a split and its name."""
+def _rows(data: str, split: str | None, *, saved: bool) -> Any:
+    """The rows of a split, or all where there are none."""
     loaded = _saved(data) if saved else _streams(data)
     if not isinstance(loaded, dict):
-        return loaded, None
-    names = list(loaded)
+        return loaded
+    return loaded[_chosen(data, split, list(loaded))]
+
+
+def _chosen(data: str, split: str | None, names: list[str]) -> str:
     name = split or ("train" if "train" in names else names[0] if len(names) == 1 else None)
-    if name not in loaded:
+    if name not in names:
         raise DataError(f"The data set '{data}' has no split '{name}'; it has {', '.join(names)}.")
-    return loaded[name], name
+    return name
 
 
 def _saved(data: str) -> Any:
@@ -145,6 +151,31 @@ def _streams(data: str) -> Any:
         return builder.as_streaming_dataset()
     except Exception as error:
         raise _not_loaded(data, error) from error
+
+
+@functools.cache
+def _resolved(data: str) -> dict[str, Any]:
+    """Identity and splits of a name; where there is no network, those of the last time: the blocks may be there."""
+    import datasets
+
+    note = Path(datasets.config.HF_DATASETS_CACHE) / "fastffn_names" / f"{quote(data, safe='')}.json"
+    try:
+        splits = list(_streams(data))
+    except DataError as error:
+        if isinstance(error.__cause__, ConnectionError) and note.is_file():
+            found: dict[str, Any] = json.loads(note.read_text())
+            return found
+        raise
+    builder = _builder(data)
+    repository, configuration = hub_name(data)
+    # Of a data set on the hub, `hash` is the commit, from which it is then streamed.
+    found = {"identity": f"{repository} {configuration} {builder.config_id} {builder.hash}", "splits": splits}
+    with contextlib.suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        part = note.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(found))
+        part.replace(note)
+    return found
 
 
 def _not_loaded(data: str, error: Exception) -> DataError:
