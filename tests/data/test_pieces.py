@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastffn.data.pieces import pieces_of, split_documents
@@ -58,6 +58,7 @@ PARTS = [
     st.sampled_from([1, 2, 3, 7, 50, 10_000]),
     st.sampled_from([8, 20, 10_000]),
 )
+@example("aabc \r\n\r\n\r\n\r\n", "== next ==", 1, 8)
 def test_documents_are_those_of_the_lines(text, separator, stretch, size) -> None:
     pieces = list(split_documents(in_stretches(text, stretch), separator, size))
     found, expected = documents(pieces), by_lines(text, separator)
@@ -73,6 +74,14 @@ def test_without_a_separator_all_is_one_document(text, stretch) -> None:
     for separator in (None, ""):
         found = documents(split_documents(in_stretches(text, stretch), separator, 10_000))
         assert found == ([text] if text.strip() else [])
+
+
+@pytest.mark.parametrize("length", range(1, 40))
+@pytest.mark.parametrize("rest", [" ", "\t\r", "   \n"])
+def test_a_document_ends_even_if_only_white_space_is_left(length, rest) -> None:
+    text = "x" * length + rest + "\n--\nnext"
+    assert documents(split_documents(in_stretches(text, 100), "--", 8)) == by_lines(text, "--")
+    assert documents(split_documents(in_stretches(text, length + len(rest)), "--", 8)) == by_lines(text, "--")
 
 
 def test_a_separator_is_a_whole_line() -> None:

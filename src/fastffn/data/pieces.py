@@ -19,8 +19,12 @@ class Piece(NamedTuple):
 
 def pieces_of(text: str, size: int) -> Iterator[Piece]:
     """A document in pieces of at most `size` characters; none if it is only white space."""
-    if not text or text.isspace():
-        return
+    if text and not text.isspace():
+        yield from _divided(text, size)
+
+
+def _divided(text: str, size: int) -> Iterator[Piece]:
+    """The text, whatever it is, in pieces; an empty one is one piece."""
     start = 0
     while len(text) - start > size:
         end = _cut(text, start, start + size)
@@ -56,12 +60,14 @@ def split_documents(texts: Iterator[str], separator: str | None, size: int) -> I
         buffer = buffer[searched:] + ("\n" if text is None else text)
         start, searched = start - searched, 0
         while pattern is not None and (found := pattern.search(buffer, searched)):
-            yield from _last_pieces(buffer[start : found.start()].removesuffix("\r"), size, begun)
+            rest = buffer[start : found.start()].removesuffix("\r")
+            # A document that has begun ends even if nothing is left of it.
+            yield from _divided(rest, size) if begun else pieces_of(rest, size)
             begun = False
             searched = found.end()
             start = searched + 1
         if text is None:
-            yield from _last_pieces(buffer[start:-1], size, begun)
+            yield from _divided(buffer[start:-1], size) if begun else pieces_of(buffer[start:-1], size)
             return
         # The last line may be the beginning of a separator, as long as it is short enough.
         end_of_lines = buffer.rfind("\n")
@@ -73,14 +79,6 @@ def split_documents(texts: Iterator[str], separator: str | None, size: int) -> I
             if begun or not piece.isspace():
                 yield Piece(piece, False)
                 begun = True
-
-
-def _last_pieces(text: str, size: int, begun: bool) -> Iterator[Piece]:
-    """The rest of a document, which ends even if nothing is left of it."""
-    if begun and (not text or text.isspace()):
-        yield Piece(text, True)
-    else:
-        yield from pieces_of(text, size)
 
 
 def _cut(text: str, start: int, end: int) -> int:
