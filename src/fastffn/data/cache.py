@@ -52,13 +52,14 @@ class TokenBlocksBuilder(datasets.ArrowBasedBuilder):
     def _split_generators(self, dl_manager: Any) -> list[Any]:
         return [datasets.SplitGenerator(name=datasets.Split.TRAIN)]
 
-    def _generate_tables(self) -> Iterator[tuple[Any, pyarrow.Table]]:
+    def _generate_tables(self) -> Iterator[tuple[int, pyarrow.Table]]:
         begun = time.perf_counter()
         config = self.config
         source = TextSource(**config.source | {"files": tuple(config.source["files"])})
-        tables = block_tables(source, config.tokenizer_json, config.end_of_text, config.block, config.every)
-        for number, table in enumerate(tables):
-            yield datasets.builder.Key(0, number), table
+        # The numbers are the tables' keys; `datasets` before 5 has no type for them.
+        yield from enumerate(
+            block_tables(source, config.tokenizer_json, config.end_of_text, config.block, config.every)
+        )
         self.seconds = time.perf_counter() - begun
 
 
