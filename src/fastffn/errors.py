@@ -73,7 +73,7 @@ class MeasurementError(FastFFNError, AssertionError):
     exit_code = 1
 
 
-def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """Returns ` Did you mean 'x'?` for the nearest known name, or an empty string."""
-    nearest = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
+def did_you_mean(given: str, known: Iterable[str], *, cutoff: float = 0.5) -> str:
+    """Returns ` Did you mean 'x'?` for the nearest known name, or an empty string if none is near enough."""
+    nearest = difflib.get_close_matches(given, list(known), n=1, cutoff=cutoff)
     return f" Did you mean '{nearest[0]}'?" if nearest else ""

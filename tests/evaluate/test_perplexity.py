@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import math
 
@@ -64,6 +65,23 @@ def test_equals_the_sum_by_hand(model, text, tokenizer, context, stride, batch) 
     assert result["bytes"] == len(TEXT.encode()) == len(TEXT) + 6
     assert result["bits_per_byte"] == pytest.approx(expected / math.log(2) / len(TEXT.encode()), rel=1e-5)
     assert json.loads(json.dumps(result)) == result
+
+
+def test_every_format_and_documents(model, tokenizer, tmp_path, monkeypatch) -> None:
+    """The same documents give the same figures, wherever they stand, and however they are batched."""
+    from fastffn.data import tokenise
+
+    documents = [TEXT.strip() + f" {n}." for n in range(5)]
+    (tmp_path / "a.txt").write_text("\n--\n".join(documents), encoding="utf-8")
+    lines = "\n".join(json.dumps({"body": document, "text": "other"}) for document in documents)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    one = evaluate_perplexity(model, str(tmp_path / "a.txt"), separator="--")
+    monkeypatch.setattr(tokenise, "_BATCH_CHARACTERS", 10)
+    other = evaluate_perplexity(model, str(tmp_path / "a.jsonl.gz"), column="body")
+    for name in ("nll", "tokens", "words", "bytes"):
+        assert one[name] == other[name]
+    assert one["tokens"] == sum(len(tokenizer(document)["input_ids"]) + 1 for document in documents) - 1
+    assert one["words"] == 5 * (9 * 6 + 1)
 
 
 @pytest.mark.parametrize("length", range(2, 40))

@@ -21,6 +21,7 @@ from fastffn.train.trainer import StageTrainer
 
 SMALL = {
     "tokenizer": "train:300",
+    "validation_fraction": 0.04,
     "layers": 2,
     "d_model": 16,
     "heads": 2,
@@ -186,7 +187,12 @@ def test_validation_loss_is_that_of_all_blocks(finished) -> None:
     from fastffn.data.tokenizer import load_tokenizer
 
     output, results, config = finished
-    blocks = token_blocks(config.data, load_tokenizer(str(output / "tokenizer")), config.sequence)
+    blocks = token_blocks(
+        config.data,
+        load_tokenizer(str(output / "tokenizer")),
+        config.sequence,
+        validation_fraction=config.validation_fraction,
+    )
     assert len(blocks.validation) % config.batch  # the last batch is smaller
     ids = torch.tensor(blocks.validation["input_ids"][:])
     with torch.no_grad():

@@ -20,9 +20,17 @@ def command() -> None:
 
 @command.command()
 @path_argument("model")
-@click.option("--data", required=True, help="UTF-8 text file or folder, data set name or directory, or python-docs.")
+@click.option("--data", required=True, help="File, folder, glob, data set name or directory, or python-docs.")
 @click.option("--split", help="Split of a data set.  [default: train]")
-@click.option("--text-column", default="text", show_default=True, help="Column of a data set that holds the text.")
+@click.option(
+    "--text-column", default="text", show_default=True, help="Column or key that holds the text, where there are such."
+)
+@click.option(
+    "--document-separator",
+    default="<|endoftext|>",
+    show_default=True,
+    help="Line that ends a document in text files; 'blank': blank lines; empty: a file is a document.",
+)
 @click.option("--tokenizer", help="Directory or hub name.  [default: the model's own]")
 @click.option("--context", type=int, help="Tokens that the model sees at once.  [default: as many as it can]")
 @click.option("--stride", type=int, help="Tokens between windows, each scored once.  [default: half the context]")
@@ -33,6 +41,7 @@ def perplexity(
     data: str,
     split: str | None,
     text_column: str,
+    document_separator: str,
     tokenizer: str | None,
     context: int | None,
     stride: int | None,
@@ -52,6 +61,7 @@ def perplexity(
         data,
         split=split,
         column=text_column,
+        separator=document_separator,
         tokenizer=tokenizer,
         context=context,
         stride=stride,

@@ -1,22 +1,20 @@
-"""Tokens in blocks of a fixed length, written once into the memory-mapped cache of `datasets`."""
+"""Blocks of tokens to train and validate on, and batches of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from fastffn.data.text import Piece, TextSource, find_text, splits_of
+from fastffn.data.text import DOCUMENT_SEPARATOR, TextSource, find_text, splits_of
+from fastffn.data.tokenise import Record, plain_backend
 from fastffn.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-# Changes when the same text and tokenizer would give other blocks: part of the cache's fingerprint.
-LAYOUT_VERSION = 1
-_BATCH_CHARACTERS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -26,14 +24,24 @@ class TokenBlocks:
     `identity` differs whenever they differ.
 
     Attributes:
-        train, validation: data sets with a column `input_ids` of `block` tokens.
+        train, validation: data sets with a column `input_ids` of `block` tokens; a row of it is an int64 numpy array.
         train_characters, validation_characters: of the text that they came from.
+        train_documents, validation_documents: in that text; a document in stretches counts where it ends.
+        held_out: where validation came from: `documents` (every n-th), `stretches` (every n-th, of a text of few
+            documents: their neighbours are trained on), or `validation text` (one of its own).
+        seconds: that tokenising took this time; 0.0 where all came from the cache.
+        tokens_per_second: of the tokens that were made this time; None where all came from the cache.
     """
 
     train: Any
     validation: Any
     train_characters: int
     validation_characters: int
+    train_documents: int
+    validation_documents: int
+    held_out: str
+    seconds: float
+    tokens_per_second: float | None
 
     @property
     def identity(self) -> str:
@@ -49,46 +57,68 @@ def token_blocks(
     validation: str | None = None,
     validation_fraction: float = 0.05,
     column: str = "text",
+    separator: str | None = DOCUMENT_SEPARATOR,
 ) -> TokenBlocks:
-    """Tokenises `data` into blocks, documents joined by the end-of-text token.
+    """Tokenises `data` into blocks, documents joined by the end-of-text token; once, then they come from the cache.
 
     Args:
         data: see `find_text`.
         tokenizer: a fast tokenizer.
         block: tokens in a block.
-        validation: text to validate on; None: a data set's `validation` split, or else every n-th piece of `data`.
+        validation: text to validate on; None: a data set's `validation` split, or else every n-th document of `data`.
         validation_fraction: the part that is held out in the latter case.
-        column: the column of a data set that holds the text.
+        column, separator: see `find_text`.
 
     Raises:
-        DataError: there is no text, or too little for one block of each.
+        DataError: there is no text, it cannot be read, or it is too little for one block of each.
     """
-    source = find_text(data, column=column)
+    source = find_text(data, column=column, separator=separator)
+    held_out: TextSource | None = None
     if validation is not None:
-        held_out = find_text(validation, column=column)
+        held_out = find_text(validation, column=column, separator=separator)
         if "validation" in splits_of(held_out):
             held_out = find_text(validation, split="validation", column=column)
-        every = None
     elif {"train", "validation"} <= set(splits_of(source)):
-        held_out, every = find_text(data, split="validation", column=column), None
-    else:
-        held_out, every = source, max(2, round(1 / validation_fraction))
-    parts = {}
-    for name, text, held in (("train", source, False), ("validation", held_out, every is not None)):
-        parts[name] = _cached_blocks(text, tokenizer, block, every, held)
-        if len(parts[name]) == 0:
+        held_out = find_text(data, split="validation", column=column)
+    every = max(2, round(1 / validation_fraction)) if held_out is None else None
+    train, unseen, record, seconds = _rows(source, tokenizer, block, every)
+    tokens = sum(record.blocks) * block if seconds else 0
+    if held_out is not None:
+        unseen, _, other, more_seconds = _rows(held_out, tokenizer, block, None)
+        tokens += other.blocks[0] * block if more_seconds else 0
+        seconds += more_seconds
+        record.documents[1], record.characters[1] = other.documents[0], other.characters[0]
+    for name, text, rows in (("train", source, train), ("validation", held_out or source, unseen)):
+        if len(rows) == 0:
             raise DataError(
                 f"The {name} text ({text.data}) is shorter than one block: it has fewer than {block} tokens"
-                f"{f' after 1 piece in {every} is held out' if every else ''}. Give more text"
+                f"{f' after 1 in {every} of its {record.held_out} is held out' if every else ''}. Give more text"
                 f"{', or text to validate on with --validation' if every else ''}, or a shorter --sequence."
             )
-    characters = {name: sum(rows["characters"]) for name, rows in parts.items()}
     return TokenBlocks(
-        parts["train"].remove_columns("characters"),
-        parts["validation"].remove_columns("characters"),
-        characters["train"],
-        characters["validation"],
+        train=train,
+        validation=unseen,
+        train_characters=record.characters[0],
+        validation_characters=record.characters[1],
+        train_documents=record.documents[0],
+        validation_documents=record.documents[1],
+        held_out=record.held_out or "validation text",
+        seconds=seconds,
+        tokens_per_second=tokens / seconds if seconds else None,
     )
+
+
+def _rows(
+    source: TextSource, tokenizer: PreTrainedTokenizerFast, block: int, every: int | None
+) -> tuple[Any, Any, Record, float]:
+    """Rows to train on and held out, what is known of them, and the seconds that writing them took."""
+    from fastffn.data.cache import cached_rows
+
+    rows, seconds = cached_rows(source, plain_backend(tokenizer).to_str(), tokenizer.eos_token_id, block, every)
+    record = Record(**json.loads(rows[len(rows) - 1]["note"]))
+    blocks = rows.remove_columns("note").with_format("numpy")
+    first, second = record.blocks
+    return blocks.select(range(first)), blocks.select(range(first, first + second)), record, seconds
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -96,7 +126,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
     The first token is predicted by none. Its label is -100, since the Trainer divides the loss by the number of labels.
     """
-    ids = torch.tensor([row["input_ids"] for row in rows], dtype=torch.long)
+    ids = torch.from_numpy(np.stack([np.asarray(row["input_ids"], dtype=np.int64) for row in rows]))
     labels = ids.clone()
     labels[:, 0] = -100
     return {"input_ids": ids, "labels": labels}
@@ -104,98 +134,5 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
     """Token numbers of each text, without special tokens; all cores are used."""
-    encodings = _backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
+    encodings = plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
-
-
-def _backend(tokenizer: PreTrainedTokenizerFast) -> Any:
-    """A copy of the tokenizer's core that neither cuts nor pads, as a saved tokenizer may."""
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _cached_blocks(
-    source: TextSource, tokenizer: PreTrainedTokenizerFast, block: int, every: int | None, held_out: bool
-) -> Any:
-    import datasets
-
-    features = datasets.Features(
-        {
-            "input_ids": datasets.Sequence(datasets.Value("int32"), length=block),
-            "characters": datasets.Value("int64"),
-        }
-    )
-    what: dict[str, Any] = {
-        "source": asdict(source),
-        "tokenizer_json": _backend(tokenizer).to_str(),
-        "end_of_text": tokenizer.eos_token_id,
-        "block": block,
-        "every": every,
-        "held_out": held_out,
-        "layout": LAYOUT_VERSION,
-    }
-    try:
-        return datasets.Dataset.from_generator(_generate, features=features, gen_kwargs=what)
-    except ValueError:
-        # datasets has no data sets of no rows.
-        if next(_generate(**what), None) is None:
-            return datasets.Dataset.from_dict({name: [] for name in features}, features=features)
-        raise
-    except datasets.exceptions.DatasetGenerationError as error:
-        # datasets wraps what the generator raised; the user wants the cause.
-        if isinstance(error.__cause__, DataError):
-            raise error.__cause__ from None
-        raise
-
-
-def _generate(
-    source: dict[str, Any],
-    tokenizer_json: str,
-    end_of_text: int,
-    block: int,
-    every: int | None,
-    held_out: bool,
-    layout: int,
-) -> Iterator[dict[str, Any]]:
-    """The blocks of one part; what is left at the end and fills no block is dropped.
-
-    Plain values in, so that `datasets` can fingerprint them.
-    """
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    pieces: Iterator[Piece] = TextSource(**source | {"files": tuple(source["files"])}).pieces()
-    if every is not None:
-        # The first of every n, so that any text of two pieces has both parts.
-        pieces = (piece for n, piece in enumerate(pieces) if (n % every == 0) is held_out)
-    buffer: list[int] = []
-    characters = 0
-    for batch in _batches(pieces):
-        encodings = tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
-        for piece, encoding in zip(batch, encodings, strict=True):
-            buffer.extend(encoding.ids)
-            if piece.ends_document:
-                buffer.append(end_of_text)
-            characters += len(piece.text)
-            for start in range(0, len(buffer) - block + 1, block):
-                yield {"input_ids": buffer[start : start + block], "characters": characters}
-                characters = 0
-            buffer = buffer[len(buffer) // block * block :]
-
-
-def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """About a megabyte of text at a time: enough to keep all cores of the tokenizer busy."""
-    batch: list[Piece] = []
-    characters = 0
-    for piece in pieces:
-        batch.append(piece)
-        characters += len(piece.text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch

@@ -1,25 +1,23 @@
-"""Where text comes from: local UTF-8 files and folders, data sets of the `datasets` package, Python's own docs."""
+"""What `data` names: files, folders and globs, data sets of the `datasets` package, Python's own documentation."""
 
 from __future__ import annotations
 
+import glob
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
+from fastffn.data.files import FORMATS, Report, describe_formats, file_pieces, is_readable, suffixes
+from fastffn.data.pieces import Piece, pieces_of
 from fastffn.data.python_docs import python_docs
-from fastffn.errors import DataError
+from fastffn.data.rows import is_saved, rows_identity, rows_pieces, splits
+from fastffn.errors import ConfigError, DataError, did_you_mean
 
 PYTHON_DOCS = "python-docs"
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
-
-
-class Piece(NamedTuple):
-    """A stretch of text, and whether its document ends with it."""
-
-    text: str
-    ends_document: bool
+DOCUMENT_SEPARATOR = "<|endoftext|>"
+# Short enough for several on every core in a batch that is tokenised at once.
+_PIECE = 16_384
 
 
 @dataclass(frozen=True)
@@ -28,79 +26,130 @@ class TextSource:
 
     Attributes:
         data: what the user named.
-        kind: `python-docs`, `files`, `saved` (a data set written by `save_to_disk`) or `named` (for `load_dataset`).
+        kind: `python-docs`, `files`, `saved` (a data set written by `save_to_disk`) or `named` (streamed by name).
         files: the files, where kind is `files`.
+        size: their bytes on disk, where kind is `files`.
         split: the split of a data set.
-        column: the column of a data set that holds the text.
+        column: the column or key that holds the text, where there are such.
+        separator: the line that ends a document in text files; see `split_documents`.
         identity: text that differs whenever what is read may differ.
     """
 
     data: str
     kind: str
     files: tuple[str, ...] = ()
+    size: int | None = None
     split: str | None = None
     column: str = "text"
+    separator: str | None = DOCUMENT_SEPARATOR
     identity: str = ""
 
-    def pieces(self) -> Iterator[Piece]:
-        """The text in order. A large file comes in pieces cut at line ends; everything else document by document.
+    def pieces(self, report: Report = lambda position: None) -> Iterator[Piece]:
+        """The documents in order, each in pieces of at most 16,384 characters; none of white space only.
+
+        Args:
+            report: is told how many of the `size` bytes have been read, where kind is `files`.
 
         Raises:
-            DataError: a file is not UTF-8 or cannot be read, or a data set has no such column.
+            DataError: something cannot be read; the message says what, where, and what to do.
         """
         if self.kind == "python-docs":
-            yield from (Piece(text, True) for text in python_docs())
+            for text in python_docs():
+                yield from pieces_of(text, _PIECE)
         elif self.kind == "files":
-            total = sum(Path(file).stat().st_size for file in self.files)
-            # Some two hundred pieces at least, so that a part held out is spread over the whole.
-            size = max(256, min(65_536, total // 200))
-            for file in self.files:
-                yield from _file_pieces(Path(file), size)
+            # Some two hundred pieces at least, so that a part held out in stretches is spread over the whole.
+            longest = max(256, min(_PIECE, (self.size or 0) // 200))
+            before = 0
+            for name in self.files:
+                file = Path(name)
+
+                def report_file(position: int, before: int = before) -> None:
+                    report(before + position)
+
+                yield from file_pieces(file, self.column, self.separator, longest, report_file)
+                before += file.stat().st_size
         else:
-            for row in _load(self):
-                text = row.get(self.column)
-                if not isinstance(text, str):
-                    raise DataError(
-                        f"The data set '{self.data}' has no text in a column '{self.column}'; it has "
-                        f"{', '.join(row)}. Name the column with --text-column."
-                    )
-                yield Piece(text, True)
+            yield from rows_pieces(self.data, self.split, self.column, _PIECE, saved=self.kind == "saved")
 
 
-def find_text(data: str, *, split: str | None = None, column: str = "text") -> TextSource:
+def find_text(
+    data: str, *, split: str | None = None, column: str = "text", separator: str | None = DOCUMENT_SEPARATOR
+) -> TextSource:
     """Finds out what `data` names.
 
     Args:
-        data: `python-docs`; a UTF-8 text file; a folder of them; a data set directory; or a data set's name, with
-            its configuration after a colon (`wikitext:wikitext-2-raw-v1`).
+        data: `python-docs`; a file; a folder of files; a glob (`**` goes into folders); a directory written by
+            `save_to_disk`; `openwebtext`, `wikitext-2`, `wikitext-103`; or another data set's name on the hub, with
+            its configuration after a colon (`owner/name:configuration`).
         split: the split of a data set; None: `train`, or the only one there is.
-        column: the column of a data set that holds the text.
+        column: the column of a data set or Parquet file, or key of JSON lines, that holds the text.
+        separator: the line that ends a document in text files; `blank`: blank lines do; None or empty: each file is
+            one document.
 
     Raises:
         DataError: nothing is there, it cannot be read, or it is empty.
+        ConfigError: the separator is not one line.
     """
+    if separator and ("\n" in separator or "\r" in separator or not separator.strip()):
+        raise ConfigError(
+            f"document_separator is {separator!r}; it must be what one line holds, 'blank' for blank lines, or empty "
+            "where each file is one document."
+        )
     if data == PYTHON_DOCS:
         identity = f"python {platform.python_version()} {platform.python_implementation()}"
         return TextSource(data, "python-docs", identity=identity)
     path = Path(data).expanduser()
     if path.is_dir():
-        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-            return _with_identity(TextSource(str(path), "saved", split=split, column=column))
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in TEXT_SUFFIXES)
-        if not files:
-            raise DataError(
-                f"The folder {path} holds no text files: looked for {', '.join(TEXT_SUFFIXES)} in it and below it."
-            )
-        return _from_files(data, files)
+        if is_saved(path):
+            identity = rows_identity(str(path), split, saved=True)
+            return TextSource(str(path), "saved", split=split, column=column, identity=identity)
+        return _from_files(data, _readable(data, path.rglob("*")), column, separator)
     if path.exists():
-        return _from_files(data, [path])
-    if path.is_absolute() or data.startswith((".", "~")) or data.endswith("/") or path.suffix.lower() in TEXT_SUFFIXES:
-        raise DataError(f"{data} does not exist; name a UTF-8 text file, a folder of them, or a data set.")
-    return _with_identity(TextSource(data, "named", split=split, column=column))
+        return _from_files(data, [path], column, separator)
+    if any(sign in data for sign in "*?["):
+        found = glob.glob(str(path), recursive=True)
+        return _from_files(data, _readable(data, map(Path, found)), column, separator)
+    if _looks_like_a_path(data, path):
+        known = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(
+            f"{data} does not exist; name a file ({describe_formats()}), a folder of them, a glob, or a data set."
+            f"{did_you_mean(path.name, known)}"
+        )
+    identity = rows_identity(data, split, saved=False)
+    return TextSource(data, "named", split=split, column=column, identity=identity)
 
 
-def _from_files(data: str, files: list[Path]) -> TextSource:
-    stamps = []
+def splits_of(source: TextSource) -> list[str]:
+    """Names of a data set's splits; an empty list for anything that has none."""
+    return splits(source.data, saved=source.kind == "saved") if source.kind in ("saved", "named") else []
+
+
+def _looks_like_a_path(data: str, path: Path) -> bool:
+    """Whether a name that is nowhere on disk is a mistyped path, and not one to ask the hub for."""
+    if path.is_absolute() or data.startswith((".", "~")) or data.endswith("/"):
+        return True
+    kind, compression = suffixes(path)
+    if kind in FORMATS or compression or "\\" in data:
+        return True
+    # A name on the hub has one slash, and its owner is hardly a folder here.
+    return data.count("/") > 1 or ("/" in data and path.parent.is_dir())
+
+
+def _readable(data: str, found: Iterator[Path]) -> list[Path]:
+    """The files that can be read, in order of their paths."""
+    files = sorted(path for path in found if path.is_file())
+    readable = [path for path in files if is_readable(path)]
+    if not readable:
+        others = sorted({"".join(suffixes(path)) or path.name for path in files})
+        raise DataError(
+            f"{data} holds no text files: looked for {describe_formats()}"
+            + (f"; there are only {', '.join(others[:10])}." if others else "; there are no files at all.")
+        )
+    return readable
+
+
+def _from_files(data: str, files: list[Path], column: str, separator: str | None) -> TextSource:
+    stamps, total = [], 0
     for file in files:
         try:
             with file.open("rb"):
@@ -108,75 +157,15 @@ def _from_files(data: str, files: list[Path]) -> TextSource:
         except OSError as error:
             raise DataError(f"{file} cannot be read ({error.strerror}).") from error
         stamps.append(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}")
-    if not any(file.stat().st_size for file in files):
+        total += status.st_size
+    if not total:
         raise DataError(f"{data} is empty: {len(files)} file(s), not one byte of text.")
-    return TextSource(data, "files", tuple(str(file) for file in files), identity="\n".join(stamps))
-
-
-def _file_pieces(path: Path, size: int) -> Iterator[Piece]:
-    position = 0
-    waiting: str | None = None
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            while True:
-                text = file.read(size)
-                if text and not text.endswith("\n"):
-                    # On to the end of the line, but not for ever: a file may be one line.
-                    text += file.readline(size)
-                if not text:
-                    break
-                position += len(text.encode("utf-8"))
-                if waiting is not None:
-                    yield Piece(waiting, False)
-                waiting = text
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at about byte {position + error.start} "
-            "starts no character. Convert it (for instance with iconv), or leave it out."
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}).") from error
-    if waiting is not None:
-        yield Piece(waiting, True)
-
-
-def _with_identity(source: TextSource) -> TextSource:
-    rows = _load(source)
-    return TextSource(source.data, source.kind, split=source.split, column=source.column, identity=rows._fingerprint)
-
-
-def _load(source: TextSource) -> Any:
-    """The rows of a data set."""
-    import datasets
-
-    try:
-        if source.kind == "saved":
-            loaded = datasets.load_from_disk(source.data)
-        else:
-            name, _, configuration = source.data.partition(":")
-            loaded = datasets.load_dataset(name, configuration or None)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        what = "The saved data set" if source.kind == "saved" else "There is no file or folder of that name, and"
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(
-            f"{what} '{source.data}' cannot be loaded as a data set: {type(error).__name__}: {reason}"
-        ) from error
-    if isinstance(loaded, dict):
-        splits = list(loaded)
-        split = source.split or ("train" if "train" in splits else splits[0] if len(splits) == 1 else None)
-        if split not in loaded:
-            raise DataError(f"The data set '{source.data}' has no split '{split}'; it has {', '.join(splits)}.")
-        return loaded[split]
-    return loaded
-
-
-def splits_of(source: TextSource) -> list[str]:
-    """Names of a data set's splits; an empty list for anything that has none."""
-    import datasets
-
-    if source.kind == "saved" and (Path(source.data) / "dataset_dict.json").is_file():
-        return list(datasets.load_from_disk(source.data))
-    if source.kind == "named":
-        name, _, configuration = source.data.partition(":")
-        return list(datasets.load_dataset(name, configuration or None))
-    return []
+    return TextSource(
+        data,
+        "files",
+        files=tuple(str(file) for file in files),
+        size=total,
+        column=column,
+        separator=separator,
+        identity="\n".join(stamps),
+    )

@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from fastffn.convert.files import read_json
-from fastffn.data.blocks import token_ids
-from fastffn.data.text import find_text
+from fastffn.data.text import DOCUMENT_SEPARATOR, find_text
+from fastffn.data.tokenise import encoded_pieces
 from fastffn.data.tokenizer import load_tokenizer
 from fastffn.errors import CheckpointError, ConfigError, DataError
 from fastffn.measure.machine import describe_machine
@@ -36,6 +36,7 @@ def evaluate_perplexity(
     *,
     split: str | None = None,
     column: str = "text",
+    separator: str | None = DOCUMENT_SEPARATOR,
     tokenizer: str | None = None,
     context: int | None = None,
     stride: int | None = None,
@@ -45,7 +46,7 @@ def evaluate_perplexity(
 
     Args:
         model: directory of a causal language model, dense or with FastFFN kinds.
-        data, split, column: see `find_text`.
+        data, split, column, separator: see `find_text`.
         tokenizer: directory or hub name; None: the model's own.
         context: tokens in a window; None: as many as the model can take.
         stride: tokens between windows; None: half the context.
@@ -69,7 +70,7 @@ def evaluate_perplexity(
     if not (directory / "config.json").exists() and (directory / "stage2").is_dir():
         raise CheckpointError(f"{directory} is a run, not a model. Did you mean {directory / 'stage2'}?")
     config_json = read_json(directory / "config.json")
-    source = find_text(data, split=split, column=column)
+    source = find_text(data, split=split, column=column, separator=separator)
     words = load_tokenizer(tokenizer or str(directory))
     size = config_json.get("vocab_size")
     if isinstance(size, int) and not size - PADDING < len(words) <= size:
@@ -91,19 +92,18 @@ def evaluate_perplexity(
     if batch < 1:
         raise ConfigError(f"batch is {batch}; it must be at least 1.")
 
-    pieces = list(source.pieces())
-    texts = [piece.text for piece in pieces]
     tokens: list[int] = []
-    for piece, ids in zip(pieces, token_ids(words, texts), strict=True):
+    n_words = n_bytes = 0
+    for piece, ids in encoded_pieces(words, source.pieces()):
         tokens += ids
+        n_words += len(piece.text.split())
+        n_bytes += len(piece.text.encode("utf-8"))
         if piece.ends_document:
             tokens.append(words.eos_token_id)
     if len(tokens) < 2:
         raise DataError(f"{data} has {len(tokens)} tokens; perplexity needs at least two.")
     nll = _nll(net, torch.tensor(tokens), context, stride, batch, progress)
     scored = len(tokens) - 1
-    n_words = sum(len(text.split()) for text in texts)
-    n_bytes = sum(len(text.encode("utf-8")) for text in texts)
     return {
         "token_perplexity": math.exp(nll / scored),
         "word_perplexity": math.exp(nll / max(1, n_words)),

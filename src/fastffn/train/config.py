@@ -32,10 +32,13 @@ class PretrainConfig:
     """
 
     # Text
-    data: str = _field("python-docs", "UTF-8 text file or folder, data set name or directory, or python-docs")
+    data: str = _field("python-docs", "file, folder, glob, data set name or directory, or python-docs")
     validation: str | None = _field(None, "text to validate on; default: held out from the data")
     validation_fraction: float = _field(0.05, "part of the data that is held out where there is no validation text")
-    text_column: str = _field("text", "column of a data set that holds the text")
+    text_column: str = _field("text", "column or key that holds the text, where there are such")
+    document_separator: str | None = _field(
+        "<|endoftext|>", "line that ends a document in text files; 'blank': blank lines; empty: a file is a document"
+    )
     tokenizer: str = _field("train:4096", "directory or hub name, or train:N for a byte-level BPE of N tokens")
     vocabulary: int | None = _field(None, "number of tokens that the tokenizer must have; default: as many as it has")
     # Model

@@ -31,6 +31,14 @@ from fastffn.train.trainer import Clock, StageTrainer
 from fastffn.train.watch import Forecast, Watch
 
 
+# What validates, in words.
+HELD_OUT = {
+    "documents": "whole documents held out",
+    "stretches": "stretches held out of few documents: their neighbours are trained on",
+    "validation text": "a text of its own",
+}
+
+
 def pretrain(config: PretrainConfig, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Pre-trains a GPT-2 in stages, and a dense one beside it on the same tokens.
 
@@ -129,7 +137,7 @@ class _Run:
             if size is None:
                 tokenizer = load_tokenizer(config.tokenizer)
             else:
-                source = find_text(config.data, column=config.text_column)
+                source = find_text(config.data, column=config.text_column, separator=config.document_separator)
                 tokenizer = train_tokenizer(source, size, progress=sys.stderr.isatty())
         if config.vocabulary is not None and len(tokenizer) != config.vocabulary:
             raise DataError(
@@ -155,13 +163,18 @@ class _Run:
             validation=config.validation,
             validation_fraction=config.validation_fraction,
             column=config.text_column,
+            separator=config.document_separator,
         )
         processes.check_same("The text", blocks.identity)
         say(
-            f"Text: {config.data}, {blocks.train_characters + blocks.validation_characters:,} characters; "
+            f"Text: {config.data}, {blocks.train_characters + blocks.validation_characters:,} characters in "
+            f"{blocks.train_documents + blocks.validation_documents:,} documents; "
             f"{len(blocks.train) * config.sequence:,} tokens to train on, "
-            f"{len(blocks.validation) * config.sequence:,} to validate on; vocabulary {len(self.tokenizer):,}."
+            f"{len(blocks.validation) * config.sequence:,} to validate on ({HELD_OUT[blocks.held_out]}); vocabulary "
+            f"{len(self.tokenizer):,}."
         )
+        if blocks.tokens_per_second is not None:
+            say(f"Tokenised in {blocks.seconds:.1f} s, {blocks.tokens_per_second:,.0f} tokens/s.")
         if len(blocks.train) < config.batch:
             raise DataError(
                 f"The text makes {len(blocks.train)} blocks of {config.sequence} tokens, fewer than one batch of "
@@ -215,6 +228,9 @@ class _Run:
             "processes": processes.count(),
             "text": {
                 "characters": self.blocks.train_characters + self.blocks.validation_characters,
+                "documents": self.blocks.train_documents + self.blocks.validation_documents,
+                "held_out": self.blocks.held_out,
+                "tokenised_per_second": self.blocks.tokens_per_second,
                 "train_tokens": len(self.blocks.train) * config.sequence,
                 "validation_tokens": len(self.blocks.validation) * config.sequence,
                 "vocabulary": len(self.tokenizer),
@@ -437,7 +453,7 @@ class _Run:
         model: Any = AutoModelForCausalLM.from_pretrained(self.output / final)
         model.to(self.device).eval()
         length = max(1, min(32, self.config.sequence // 4))
-        prompt = [int(token) for token in self.blocks.validation[0]["input_ids"][:length]]
+        prompt = self.blocks.validation[0]["input_ids"][:length].tolist()
         ids = torch.tensor([prompt], device=self.device)
         set_seed(self.config.seed)
         generated = model.generate(
