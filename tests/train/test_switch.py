@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -87,7 +85,7 @@ def test_hyperparameters_are_those_of_the_next_stage(switched) -> None:
 def test_the_schedule_goes_on_and_merged_tensors_rewarm(run, switched) -> None:
     _, _, _, merged, stages = switched
     stage = stages["stage2"]
-    trainer = run._trainer(dataclasses.replace(stage, name="probe"), merged)
+    trainer = run._trainer(stage, merged)
     rates: list[list[float]] = []
     step = trainer.training_step
 

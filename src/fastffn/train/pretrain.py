@@ -30,7 +30,6 @@ from fastffn.train.switch import factorise_stage, merge_stage
 from fastffn.train.trainer import Clock, StageTrainer
 from fastffn.train.watch import Forecast, Watch
 
-
 # What validates, in words.
 HELD_OUT = {
     "documents": "whole documents held out",
