@@ -38,7 +38,7 @@ def made(data, text_file, tmp_path_factory):
 
 
 def test_rows_are_what_they_say(made, data) -> None:
-    config, output, result = made
+    _, output, result = made
     assert json.loads((output / "table.json").read_text()) == result
     assert {path.name for path in output.iterdir()} == {"seed-3", "seed-4", "table.md", "table.json"}
     for number, seed in enumerate((3, 4)):
