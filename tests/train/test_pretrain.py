@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -352,3 +353,15 @@ def test_the_configuration_is_kept(finished) -> None:
 def test_tensorboard(finished) -> None:
     output, _, _ = finished
     assert list((output / "stage2" / "runs").rglob("events.out.tfevents*"))
+
+
+def test_a_large_validation_text_is_sampled_evenly(text_file, tmp_path) -> None:
+    rows = datasets.Dataset.from_dict({"n": range(10)})
+    assert module.spread(rows, 4)["n"][:] == [0, 2, 5, 7]
+    assert module.spread(rows, 10) is rows
+    whole, sampled = (
+        pretrain(tiny(text_file, ffn="dense", rank=None, validation_blocks=most), tmp_path / str(most))
+        for most in (999, 7)
+    )
+    assert whole["text"]["validation_tokens"] > sampled["text"]["validation_tokens"] == 7 * 16
+    assert whole["stages"]["dense"]["validation_loss"] != sampled["stages"]["dense"]["validation_loss"]

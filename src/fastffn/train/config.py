@@ -35,6 +35,7 @@ class PretrainConfig:
     data: str = _field("python-docs", "file, folder, glob, data set name or directory, or python-docs")
     validation: str | None = _field(None, "text to validate on; default: held out from the data")
     validation_fraction: float = _field(0.05, "part of the data that is held out where there is no validation text")
+    validation_blocks: int = _field(256, "sequences to validate on at most, spread over the validation text")
     text_column: str = _field("text", "column or key that holds the text, where there are such")
     document_separator: str | None = _field(
         "<|endoftext|>", "line that ends a document in text files; 'blank': blank lines; empty: a file is a document"
@@ -87,7 +88,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         """Checks what can be checked before any text is read."""
-        for name in ("layers", "d_model", "heads", "batch", "evaluate_every", "checkpoint_every"):
+        for name in ("layers", "d_model", "heads", "batch", "evaluate_every", "checkpoint_every", "validation_blocks"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         _require(self.sequence >= 2, "sequence", self.sequence, "must be at least 2: each token predicts the next")
         for name in ("d_hidden", "micro_batch", "steps", "vocabulary", "log_every"):

@@ -79,6 +79,12 @@ def pretrain(config: PretrainConfig, output: Path, *, overwrite: bool = False) -
         return run.results()
 
 
+def spread(rows: Any, most: int) -> Any:
+    """At most so many rows of a data set, evenly spread over it."""
+    count = len(rows)
+    return rows if count <= most else rows.select([number * count // most for number in range(most)])
+
+
 def _complete(output: Path) -> bool:
     return (output / "results.json").is_file()
 
@@ -108,6 +114,7 @@ class _Run:
         self.output = output
         self.tokenizer = on_main(lambda: self._tokenizer(resumed))
         self.blocks = self._blocks()
+        self.validation = spread(self.blocks.validation, config.validation_blocks)
         self.stages = plan_stages(config, self._steps())
         arguments = training_arguments(config, output)
         self.device: torch.device = arguments.device
@@ -165,11 +172,14 @@ class _Run:
             separator=config.document_separator,
         )
         processes.check_same("The text", blocks.identity)
+        there = len(blocks.validation)
+        used = min(there, config.validation_blocks)
         say(
             f"Text: {config.data}, {blocks.train_characters + blocks.validation_characters:,} characters in "
             f"{blocks.train_documents + blocks.validation_documents:,} documents; "
             f"{len(blocks.train) * config.sequence:,} tokens to train on, "
-            f"{len(blocks.validation) * config.sequence:,} to validate on ({HELD_OUT[blocks.held_out]}); vocabulary "
+            f"{used * config.sequence:,} to validate on ({HELD_OUT[blocks.held_out]}"
+            f"{f'; evenly out of {there * config.sequence:,}' if used < there else ''}); vocabulary "
             f"{len(self.tokenizer):,}."
         )
         if blocks.tokens_per_second is not None:
@@ -231,7 +241,7 @@ class _Run:
                 "held_out": self.blocks.held_out,
                 "tokenised_per_second": self.blocks.tokens_per_second,
                 "train_tokens": len(self.blocks.train) * config.sequence,
-                "validation_tokens": len(self.blocks.validation) * config.sequence,
+                "validation_tokens": len(self.validation) * config.sequence,
                 "vocabulary": len(self.tokenizer),
             },
             "gain": self.gain.to_dict() if self.gain else None,
@@ -288,7 +298,7 @@ class _Run:
             model=model,
             args=training_arguments(config, self.output / stage.name, stage),
             train_dataset=self._whole_batches(),
-            eval_dataset=self.blocks.validation,
+            eval_dataset=self.validation,
             data_collator=collate,
             processing_class=self.tokenizer,
         )
@@ -452,7 +462,7 @@ class _Run:
         model: Any = AutoModelForCausalLM.from_pretrained(self.output / final)
         model.to(self.device).eval()
         length = max(1, min(32, self.config.sequence // 4))
-        prompt = self.blocks.validation[0]["input_ids"][:length].tolist()
+        prompt = self.validation[0]["input_ids"][:length].tolist()
         ids = torch.tensor([prompt], device=self.device)
         set_seed(self.config.seed)
         generated = model.generate(
