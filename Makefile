@@ -47,9 +47,9 @@ docs: .venv/dev
 examples: .venv/dev
 	set -e; for example in examples/*.py; do echo "$$example"; $(BIN)/python $$example; done
 
-# A run killed fifty times at random; FASTFFN_TEST_SEED=n repeats one.
+# A run killed fifty times at random; TORTURE_SEED=n repeats one.
 torture: .venv/dev
-	FASTFFN_TEST_KILLS=50 $(BIN)/python -m pytest -s tests/train/test_survival.py -k killed_at_random
+	TORTURE_KILLS=50 $(BIN)/python -m pytest -s tests/train/test_survival.py -k killed_at_random
 
 clean:
 	rm -rf .venv build dist site runs

@@ -25,9 +25,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_killed_at_random_it_ends_the_same(text_file, tmp_path) -> None:
-    """Five kills; `make torture` does fifty. FASTFFN_TEST_SEED repeats what failed."""
-    seed = os.environ.get("FASTFFN_TEST_SEED") or str(random.SystemRandom().randrange(10**6))
-    kills = os.environ.get("FASTFFN_TEST_KILLS") or "5"
+    """Five kills; `make torture` does fifty. TORTURE_SEED repeats what failed."""
+    seed = os.environ.get("TORTURE_SEED") or str(random.SystemRandom().randrange(10**6))
+    kills = os.environ.get("TORTURE_KILLS") or "5"
     command = [sys.executable, "-m", "tests.train.torture", "--text", str(text_file), "--work", str(tmp_path / "work")]
     command += ["--kills", kills, "--seed", seed]
     print(f"seed {seed}")
