@@ -156,6 +156,28 @@ def test_a_learning_rate_is_for_all() -> None:
     assert [values[name] for name in names] == [3e-4, None, 5e-4]
 
 
+def test_files_put_aside_what_contradicts_them_as_flags_do(tmp_path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("learning_rate: 3.0e-4\nepochs: 1\n")
+    values = printed("--config", str(path))
+    assert (values["steps"], values["epochs"]) == (None, 1.0)
+    assert (values["learning_rate"], values["dense_learning_rate"], values["factor_learning_rate"]) == (
+        3e-4,
+        None,
+        None,
+    )
+    path.write_text("learning_rate: 3.0e-4\ndense_learning_rate: 5.0e-4\n")
+    assert printed("--config", str(path))["dense_learning_rate"] == 5e-4
+
+
+def test_another_kind_does_not_have_the_presets_options() -> None:
+    values = printed("--preset", "seed", "--data", "x", "--ffn", "block", "--blocks", "8")
+    assert (values["ffn"], values["blocks"], values["rank"], values["start"]) == ("block", 8, None, None)
+    # Without stages there are none for the schedule to span.
+    values = printed("--preset", "seed", "--data", "x", "--ffn", "dense", "--no-restart", "--decay", "0.9")
+    assert (values["ffn"], values["rank"], values["schedule"], values["decay"]) == ("dense", None, "cosine", 0.9)
+
+
 BAD = [
     (["--layerz", "3"], "Did you mean '--layers'"),
     (["--rank", "0"], "rank is 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -54,6 +55,7 @@ def finished(text_file, tmp_path_factory):
 def test_everything_is_there(finished) -> None:
     output, results, _ = finished
     assert {path.name for path in output.iterdir()} == {
+        ".fastffn.lock",
         "config.yaml",
         "dense",
         "stage1",
@@ -164,8 +166,6 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(finished, text_file, tmp_p
 @pytest.mark.parametrize("missing", ["stage1", "merged", "stage2"])
 def test_killed_just_before_a_stage_was_marked_as_finished(finished, tmp_path, missing) -> None:
     """The last checkpoint is there, `stage.json` is not: no step may be trained twice or too many."""
-    import shutil
-
     output, results, config = finished
     shutil.copytree(output, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
@@ -208,21 +208,17 @@ def test_fewer_validation_blocks_than_a_batch(text_file, tmp_path) -> None:
 
 
 def test_changed_text_is_noticed(text_file, tmp_path) -> None:
-    import shutil
-
     text = tmp_path / "text.txt"
     shutil.copy(text_file, text)
     pretrain(tiny(text, baseline=False), tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
     text.write_text("no machine forgets the long road.\n" * 2000)
-    with pytest.raises(OutputError, match="The text has changed"):
+    with pytest.raises(OutputError, match="has changed since the run"):
         pretrain(tiny(text, baseline=False), tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "trainer_state.json"])
 def test_a_missing_training_state_is_named(finished, tmp_path, name) -> None:
-    import shutil
-
     output, _, config = finished
     shutil.copytree(output, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
@@ -298,8 +294,6 @@ def test_nan_keeps_the_last_checkpoint(text_file, tmp_path) -> None:
 
 
 def test_a_damaged_checkpoint_is_named(finished, tmp_path) -> None:
-    import shutil
-
     output, _, config = finished
     shutil.copytree(output, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
@@ -311,8 +305,6 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path) -> None:
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
 def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path, name, capsys) -> None:
-    import shutil
-
     output, _, config = finished
     shutil.copytree(output, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
@@ -365,3 +357,32 @@ def test_a_large_validation_text_is_sampled_evenly(text_file, tmp_path) -> None:
     )
     assert whole["text"]["validation_tokens"] > sampled["text"]["validation_tokens"] == 7 * 16
     assert whole["stages"]["dense"]["validation_loss"] != sampled["stages"]["dense"]["validation_loss"]
+
+
+def test_a_missing_last_checkpoint_is_not_replaced_by_an_older_one(finished, tmp_path) -> None:
+    """Stage 2 would begin below the switch, and train too long."""
+    output, results, config = finished
+    shutil.copytree(output, tmp_path / "run")
+    for name in ("stage2", "merged", "stage1/checkpoint-12"):
+        shutil.rmtree(tmp_path / "run" / name)
+    (tmp_path / "run" / "results.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-12 is needed to go on, but it is missing. Delete .*stage\.json"
+    ):
+        pretrain(config, tmp_path / "run")
+    (tmp_path / "run" / "stage1" / "stage.json").unlink()
+    again = pretrain(config, tmp_path / "run")
+    assert again["stages"]["stage2"]["validation_loss"] == results["stages"]["stage2"]["validation_loss"]
+
+
+def test_changed_text_and_overwrite_begin_anew(text_file, tmp_path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text())
+    pretrain(tiny(text, baseline=False), tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    text.write_text("no machine forgets the long road.\n" * 2000)
+    pretrain(tiny(text, baseline=False), tmp_path / "run", overwrite=True)
+    fresh = pretrain(tiny(text, baseline=False), tmp_path / "fresh")
+    for key, value in weights(tmp_path / "fresh" / "stage2").items():
+        assert torch.equal(value, weights(tmp_path / "run" / "stage2")[key])
+    assert fresh["stages"]["stage2"]["steps"] == 8

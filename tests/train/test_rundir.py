@@ -56,8 +56,6 @@ def test_files_of_others_are_never_deleted(tmp_path) -> None:
 
 def test_the_lock_keeps_others_out_and_leaves_nothing(tmp_path) -> None:
     (tmp_path / "run").mkdir()
-    for leftover in (".report.md.partial-1", ".merged.partial-x"):
-        (tmp_path / "run" / leftover).mkdir()
     for name in ("run", "new/one"):
         with rundir.locked(tmp_path / name):
             assert {path.name for path in (tmp_path / name).iterdir()} == {rundir.LOCK}
@@ -69,8 +67,71 @@ def test_the_lock_keeps_others_out_and_leaves_nothing(tmp_path) -> None:
             # The one that was refused did not take the lock away.
             assert (tmp_path / name / rundir.LOCK).exists()
             assert rundir.check_run(tmp_path / name, CONFIG, overwrite=False) is False
-    assert list((tmp_path / "run").iterdir()) == []
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [rundir.LOCK]
     assert not (tmp_path / "new" / "one").exists()
+
+
+def test_half_written_files_of_ours_go_and_no_others(tmp_path) -> None:
+    rundir.claim_run(tmp_path, CONFIG)
+    (tmp_path / "stage1" / "checkpoint-5").mkdir(parents=True)
+    ours = [
+        ".report.md.partial-1",
+        ".merged.partial-x",
+        ".loss_vs_time.png.partial.png",
+        "stage1/.stage.json.partial-7",
+    ]
+    others = [".film.mp4.partial", ".merged", "notes.partial-1", "stage1/model.safetensors"]
+    for name in ours + others:
+        (tmp_path / name).touch()
+    rundir.clear_partials(tmp_path)
+    assert not any((tmp_path / name).exists() for name in ours)
+    assert all((tmp_path / name).exists() for name in others)
+
+
+def test_overwriting_goes_on_with_the_same_unfinished_run_and_begins_a_finished_one_anew(tmp_path) -> None:
+    """So that a job that is started again by its own command line does not begin at zero each time."""
+    rundir.claim_run(tmp_path, CONFIG)
+    (tmp_path / "dense").mkdir()
+    assert rundir.check_run(tmp_path, CONFIG, overwrite=True) is True
+    (tmp_path / "results.json").touch()
+    assert rundir.check_run(tmp_path, CONFIG, overwrite=False) is True
+    assert rundir.check_run(tmp_path, CONFIG, overwrite=True) is False
+
+
+def test_a_run_of_another_version_is_called_that(tmp_path) -> None:
+    rundir.claim_run(tmp_path, CONFIG)
+    (tmp_path / "dense").mkdir()
+    path = tmp_path / rundir.CONFIG
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if "validation_blocks" not in line))
+    with pytest.raises(OutputError, match="another version of FastFFN, which did not know validation_blocks"):
+        rundir.check_run(tmp_path, CONFIG, overwrite=False)
+
+
+def test_notes_written_meanwhile_are_kept(tmp_path) -> None:
+    rundir.claim_run(tmp_path, CONFIG)
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "log.txt").write_text("precious")
+    rundir.claim_run(tmp_path, PretrainConfig(seed=5))
+    assert not (tmp_path / "dense").exists()
+    assert (tmp_path / "log.txt").read_text() == "precious"
+
+
+def test_a_deletion_that_was_stopped_leaves_no_run(tmp_path, monkeypatch) -> None:
+    rundir.claim_run(tmp_path, CONFIG)
+    for name in ("dense", "stage1"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "dense" / "stage.json").touch()
+
+    def stopped(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir.shutil, "rmtree", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            rundir.claim_run(tmp_path, PretrainConfig(seed=5))
+    with pytest.raises(OutputError, match="holds no FastFFN run"):
+        rundir.check_run(tmp_path, CONFIG, overwrite=False)
+    assert rundir.check_run(tmp_path, PretrainConfig(seed=5), overwrite=True) is False
 
 
 def test_damaged_files_are_named(tmp_path) -> None:

@@ -83,8 +83,11 @@ def test_what_cannot_be_a_start(first, text_file, tmp_path) -> None:
         pretrain(tiny(text_file, init_from=start, d_model=32), tmp_path / "run")
     with pytest.raises(CheckpointError, match="not a directory"):
         pretrain(tiny(text_file, init_from="nowhere"), tmp_path / "run")
-    with pytest.raises(DataError, match=r"has 320 tokens, but the checkpoint .* knows 300"):
-        pretrain(tiny(text_file, init_from=start, tokenizer="train:320"), tmp_path / "run")
+    # Of the right size, but with other meanings.
+    with pytest.raises(DataError, match=r"has 300 tokens, the checkpoint .* 300: they do not belong together"):
+        pretrain(tiny(text_file, init_from=start, tokenizer="train:300"), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"init_from is .*dense, inside the run's own directory"):
+        pretrain(tiny(text_file, init_from=start, tokenizer=start), output)
     with pytest.raises(ConfigError, match=r"sequence is 32, but the checkpoint .* takes 16"):
         pretrain(tiny(text_file, init_from=start, sequence=32), tmp_path / "run")
     run = tmp_path / "two-stage"

@@ -30,6 +30,7 @@ import transformers  # noqa: F401
 from safetensors.torch import load_file
 
 import fastffn.hf  # noqa: F401
+from fastffn.train import rundir
 from fastffn.train.pretrain import pretrain
 from tests.train.test_pretrain import tiny
 
@@ -38,8 +39,8 @@ FINAL = ("dense", "warmup", "stage1", "merged", "stage2")
 
 
 def configuration(text: Path) -> Any:
-    """The run: every sort of stage, checkpoints often."""
-    return tiny(text, dense_warmup=0.2, checkpoint_every=2, evaluate_every=5, steps=20)
+    """The run: every sort of stage, checkpoints often, random numbers in each step, several passes over the text."""
+    return tiny(text, dense_warmup=0.2, checkpoint_every=2, evaluate_every=5, steps=20, dropout=0.1)
 
 
 def _writes(event: str, arguments: tuple[Any, ...]) -> bool:
@@ -109,10 +110,13 @@ def main() -> None:
     draw = random.Random(given.seed)
     given.work.mkdir(parents=True, exist_ok=True)
 
+    # Ten steps or so a pass.
+    text = given.work / "text.txt"
+    text.write_text(given.text.read_text(encoding="utf-8")[:1500], encoding="utf-8")
     undisturbed = given.work / "undisturbed"
     undisturbed.mkdir()
     begun = time.monotonic()
-    status = _wait(_child(undisturbed, given.text, None, undisturbed / "count"), 300)
+    status = _wait(_child(undisturbed, text, None, undisturbed / "count"), 300)
     if status != 0:
         sys.exit(f"the undisturbed run failed: {status}\n{(undisturbed / 'log.txt').read_text()}")
     duration = time.monotonic() - begun
@@ -130,7 +134,7 @@ def main() -> None:
         while True:
             at_write = draw.randrange(1, writes) if kills < given.kills and draw.random() < 0.5 else None
             delay = draw.uniform(0, duration) if kills < given.kills and at_write is None else 300
-            process = _child(work, given.text, at_write, work / "count")
+            process = _child(work, text, at_write, work / "count")
             status = _wait(process, delay)
             if status is None:
                 os.kill(process, signal.SIGKILL)
@@ -149,7 +153,7 @@ def main() -> None:
             wrong = [key for key, value in tensors.items() if not torch.equal(found[key], value)]
             if wrong or set(found) != set(tensors):
                 sys.exit(f"round {rounds}: {name} differs in {wrong}\n{(work / 'log.txt').read_text()}")
-        left = [path.name for path in (work / "run").iterdir() if path.name.startswith(".")]
+        left = [path.name for path in (work / "run").rglob(".*") if path.name != rundir.LOCK]
         if left:
             sys.exit(f"round {rounds}: left behind: {left}")
         print(f"round {rounds}: {kills - before} kills, the same weights", flush=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from fastffn.errors import FastFFNError, MainProcessError, did_you_mean
+from fastffn.errors import ConfigError, FastFFNError, MainProcessError, did_you_mean
 
 # Each name is a file in this folder with a click command `command`.
 COMMANDS = {
@@ -72,5 +72,7 @@ def run() -> None:
     except MainProcessError as error:
         sys.exit(error.exit_code)
     except FastFFNError as error:
+        if isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0":
+            sys.exit(error.exit_code)  # every process finds the same mistake; the first one says it
         print(textwrap.fill(f"Error: {error}", 100, break_on_hyphens=False), file=sys.stderr)
         sys.exit(error.exit_code)

@@ -37,18 +37,27 @@ def run_config(ctx: click.Context, preset: str, config_file: Path | None, flags:
     """
     chosen = {name: value for name, value in flags.items() if value is not None}
     written = _typed(ctx, _fields_of(config_file), config_file) if config_file is not None else {}
-    values = get_preset(preset) | written | chosen
-    # Naming one of the two lengths replaces the other, which a preset may have set.
-    for given, other in (("steps", "epochs"), ("epochs", "steps")):
-        if given in chosen and other not in chosen:
-            values[other] = None
-    # So does a learning rate the preset's rates for parts of the model.
-    if "learning_rate" in chosen:
-        values |= {name: flags.get(name) for name in ("dense_learning_rate", "factor_learning_rate")}
+    values = _over(_over(get_preset(preset), written), chosen)
     if values.get("init_from"):
         found = start_fields(values["init_from"])
         values |= {name: value for name, value in found.items() if name not in chosen and name not in written}
     return PretrainConfig.from_flat(values)
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Fields `below`, replaced by those `above`, which also put aside what would contradict them."""
+    values = dict(below)
+    # Naming one of the two lengths replaces the other.
+    for given, other in (("steps", "epochs"), ("epochs", "steps")):
+        if above.get(given) is not None:
+            values[other] = None
+    # A learning rate is that of all parts of the model, unless those are named too.
+    if "learning_rate" in above:
+        values |= {"dense_learning_rate": None, "factor_learning_rate": None}
+    # Another kind does not have this one's options.
+    if above.get("ffn", values["ffn"]) != values["ffn"]:
+        values |= dict.fromkeys(ffn_option_types())
+    return values | above
 
 
 def _fields_of(path: Path) -> dict[str, Any]:

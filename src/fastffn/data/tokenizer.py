@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 # More text changes a vocabulary hardly at all, and costs minutes.
 TRAINING_CHARACTERS = 50_000_000
+# Vocabularies are padded up to a multiple of this for speed; more than that is another vocabulary.
+PADDING = 128
 
 
 def training_size(spec: str) -> int | None:
@@ -31,6 +33,11 @@ def training_size(spec: str) -> int | None:
             f"tokenizer is '{spec}'; train:N wants a whole number N of at least 257 (256 bytes and {END_OF_TEXT})."
         )
     return int(number)
+
+
+def fits_vocabulary(tokens: int, size: int) -> bool:
+    """Whether a tokenizer of so many tokens can be that of a model whose embedding has `size` rows."""
+    return size - PADDING < tokens <= size
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:

@@ -22,12 +22,9 @@ from tqdm import tqdm
 from fastffn.convert.files import read_json
 from fastffn.data.text import DOCUMENT_SEPARATOR, find_text
 from fastffn.data.tokenise import encoded_pieces
-from fastffn.data.tokenizer import load_tokenizer
+from fastffn.data.tokenizer import fits_vocabulary, load_tokenizer
 from fastffn.errors import CheckpointError, ConfigError, DataError
 from fastffn.measure.machine import describe_machine
-
-# Vocabularies are padded up to a multiple of this for speed; more than that is another vocabulary.
-PADDING = 128
 
 
 def evaluate_perplexity(
@@ -73,7 +70,7 @@ def evaluate_perplexity(
     source = find_text(data, split=split, column=column, separator=separator)
     words = load_tokenizer(tokenizer or str(directory))
     size = config_json.get("vocab_size")
-    if isinstance(size, int) and not size - PADDING < len(words) <= size:
+    if isinstance(size, int) and not fits_vocabulary(len(words), size):
         raise DataError(
             f"The tokenizer {tokenizer or directory} has {len(words)} tokens, the model {directory} {size}: they do "
             "not belong together. Name the model's tokenizer with --tokenizer."

@@ -73,7 +73,9 @@ def compare_steps(
         return {name: training_step(model, ids, autocast) for name, model in models.items()}
 
     first = next(iter(models))
-    single = alternate(steps(1), rounds=1, warmup=0 if seconds < math.inf else 1)[first].median
+    # An accelerator's first step loads its kernels; on a CPU it is like the others, and may take a minute.
+    warmup = 1 if seconds == math.inf or device.type != "cpu" else 0
+    single = alternate(steps(1), rounds=1, warmup=warmup)[first].median
     batch = max(1, min(most, int(seconds_a_step / single)))
     affordable = seconds / (len(models) * batch * single)
     return batch, alternate(steps(batch), rounds=int(max(2, min(rounds, affordable))))

@@ -38,7 +38,7 @@ def training_arguments(config: PretrainConfig, directory: Path, stage: Stage | N
         }
     else:
         schedule, options = "cosine_with_min_lr", {"min_lr_rate": config.min_lr_ratio}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=steps,
         per_device_train_batch_size=micro,
@@ -59,7 +59,7 @@ def training_arguments(config: PretrainConfig, directory: Path, stage: Stage | N
         seed=config.seed,
         data_seed=stage.data_seed if stage else config.seed,
         eval_strategy="steps",
-        eval_steps=config.evaluate_every,
+        eval_steps=config.evaluate_every or max(20, steps // 20),
         eval_on_start=False,
         save_strategy="steps",
         save_steps=config.checkpoint_every,
@@ -73,8 +73,14 @@ def training_arguments(config: PretrainConfig, directory: Path, stage: Stage | N
         use_cpu=not torch.accelerator.is_available(),  # without it bf16 is refused on a CPU
         report_to=["tensorboard"],
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,  # none is ever unused, and looking for them takes time in each step
         **_recomputation(TrainingArguments, config.gradient_checkpointing),
     )
+    # A launcher's environment may name another precision than the run's.
+    arguments.mixed_precision = "no" if precision == "fp32" else precision
+    # One process uses one device; transformers would split its batches over all it sees, and count them once.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def _recomputation(arguments: Any, wanted: bool) -> dict[str, Any]:

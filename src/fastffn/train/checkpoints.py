@@ -7,13 +7,12 @@ other; what lacks it, or does not agree with it, is not gone on from.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import zipfile
 from pathlib import Path
 
-from fastffn.convert.files import read_json, write_json
+from fastffn.convert.files import flush, read_json, write_json
 from fastffn.errors import CheckpointError
 
 MARK = "complete.json"
@@ -25,14 +24,15 @@ def mark_complete(directory: Path) -> None:
     """Says that a checkpoint is whole, once all of it has reached the disk."""
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MARK)
     for path in files:
-        _flush(path)
+        flush(path)
     write_json(directory / MARK, {str(path.relative_to(directory)): path.stat().st_size for path in files})
-    _flush(directory / MARK)
-    _flush(directory)
+    flush(directory)
 
 
 def why_incomplete(directory: Path) -> str | None:
     """What is wrong with a checkpoint, None if it is whole."""
+    if not directory.is_dir():
+        return "it is missing"
     if not (directory / MARK).is_file():
         return "it was not written to its end"
     try:
@@ -107,12 +107,3 @@ def check_loadable(directory: Path) -> None:
     for path in sorted(directory.glob("*.p*t*")):
         if path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
             raise CheckpointError(f"{path} is corrupt or cut short.")
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file, or the names in a directory, are on the disk: a machine may lose its power."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -82,16 +82,16 @@ class PretrainConfig:
     gradient_checkpointing: bool = _field(False, "recompute activations in the backward: less memory, more time")
     seed: int = _field(0, "seed of weights and data order")
     # Rhythm
-    evaluate_every: int = _field(20, "steps between validations")
+    evaluate_every: int | None = _field(None, "steps between validations; default: a twentieth of the run, 20 at least")
     checkpoint_every: int = _field(120, "steps between checkpoints")
     log_every: int = _field(20, "steps between log lines")
 
     def __post_init__(self) -> None:
         """Checks what can be checked before any text is read."""
-        for name in ("layers", "d_model", "heads", "batch", "evaluate_every", "checkpoint_every", "validation_blocks"):
+        for name in ("layers", "d_model", "heads", "batch", "checkpoint_every", "validation_blocks"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         _require(self.sequence >= 2, "sequence", self.sequence, "must be at least 2: each token predicts the next")
-        for name in ("d_hidden", "micro_batch", "steps", "vocabulary", "log_every"):
+        for name in ("d_hidden", "micro_batch", "steps", "vocabulary", "evaluate_every", "log_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "must be at least 1")
         for name in ("learning_rate", "dense_learning_rate", "factor_learning_rate", "epochs"):
@@ -109,6 +109,7 @@ class PretrainConfig:
             self.validation_fraction,
             "must be above 0, at most 0.5",
         )
+        _require(0 < self.decay <= 1, "decay", self.decay, "must be above 0 and at most 1")
         _require(0 < self.switch < 1, "switch", self.switch, "must be above 0 and below 1")
         _require(
             0 <= self.dense_warmup < self.switch,
@@ -132,20 +133,19 @@ class PretrainConfig:
             raise ConfigError(f"schedule is '{self.schedule}'; it must be wsd or cosine.")
         if self.precision not in ("auto", "fp32", "bf16", "fp16"):
             raise ConfigError(f"precision is '{self.precision}'; it must be auto, fp32, bf16 or fp16.")
-        if not self.restart:
+        if not self.restart and self.two_stage:
             if self.schedule != "wsd":
                 raise ConfigError(
                     "schedule 'cosine' decays from the beginning, but one schedule spans both stages and must decay in "
                     "the dense one only. Use wsd, or restart, which gives each stage a schedule of its own."
                 )
             _require(
-                0 < self.decay <= 1 - self.switch + 1e-9,
+                self.decay <= 1 - self.switch + 1e-9,
                 "decay",
                 self.decay,
-                f"must be above 0 and at most 1 - switch = {1 - self.switch:.3g}: the rate falls in the dense stage "
-                "only",
+                f"must be at most 1 - switch = {1 - self.switch:.3g}: the rate falls in the dense stage only",
             )
-        elif self.dense_warmup:
+        elif self.dense_warmup and self.two_stage:
             raise ConfigError("dense_warmup and restart exclude each other: a restarted stage knows nothing of it.")
         if not self.optimizer.startswith("adamw_"):
             raise ConfigError(

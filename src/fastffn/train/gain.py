@@ -46,7 +46,12 @@ class Gain:
 
 
 def measure_gain(
-    config: PretrainConfig, vocabulary: int, device: torch.device, autocast: torch.dtype | None, share: float
+    config: PretrainConfig,
+    vocabulary: int,
+    device: torch.device,
+    autocast: torch.dtype | None,
+    share: float,
+    batch: int,
 ) -> Gain:
     """Times both kinds of step.
 
@@ -56,14 +61,18 @@ def measure_gain(
         device: where it will run.
         autocast: dtype of its matrix products, None for float32.
         share: part of the run's steps that are factorised.
+        batch: sequences that a device sees at once; fewer where a step would take long.
     """
     shape, ffn = config.shape(vocabulary), config.ffn_config()
     models = {"dense": fresh_gpt2(shape).to(device), "factorised": fresh_gpt2(shape, ffn).to(device)}
-    batch, timings = compare_steps(
+    if config.gradient_checkpointing:
+        for model in models.values():
+            recompute(model)
+    used, timings = compare_steps(
         models,
         sequence=config.sequence,
         vocabulary=vocabulary,
-        most=config.micro_batch or config.batch,
+        most=batch,
         autocast=autocast,
         rounds=6,
         seconds_a_step=1.0,
@@ -72,4 +81,10 @@ def measure_gain(
     dense, factorised = timings["dense"].median, timings["factorised"].median
     bound = step_bound(shape, ffn)
     saving = max(0.0, share * (1 - factorised / dense))
-    return Gain(dense, factorised, batch, bound.speedup, bound.speedup_of_free_ffn, saving)
+    return Gain(dense, factorised, used, bound.speedup, bound.speedup_of_free_ffn, saving)
+
+
+def recompute(model: Any) -> None:
+    """Makes a transformers model recompute activations in the backward, under the method's new name or the old."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

@@ -15,11 +15,11 @@ from fastffn.convert.files import new_directory, read_json, write_json
 from fastffn.convert.fresh import GPT2Shape, fresh_gpt2, started_gpt2
 from fastffn.data.blocks import TokenBlocks, collate, token_blocks
 from fastffn.data.text import find_text
-from fastffn.data.tokenizer import load_tokenizer, train_tokenizer, training_size
-from fastffn.errors import CheckpointError, ConfigError, DataError
+from fastffn.data.tokenizer import fits_vocabulary, load_tokenizer, train_tokenizer, training_size
+from fastffn.errors import CheckpointError, ConfigError, DataError, OutputError
 from fastffn.measure.machine import describe_machine
 from fastffn.train import checkpoints, processes, rundir
-from fastffn.train.arguments import training_arguments
+from fastffn.train.arguments import split_batch, training_arguments
 from fastffn.train.config import SHAPE_FIELDS, PretrainConfig
 from fastffn.train.disk import full_disk_is_named
 from fastffn.train.gain import Gain, measure_gain
@@ -60,8 +60,8 @@ def pretrain(config: PretrainConfig, output: Path, *, overwrite: bool = False) -
     if not config.data:
         raise ConfigError("data is missing; this preset has no text of its own. Name a text with --data.")
     output = Path(output)
-    _check_start(config)
     processes.join()
+    on_main(lambda: _check_start(config, output))
     with contextlib.ExitStack() as held, full_disk_is_named(output):
         on_main(lambda: held.enter_context(rundir.locked(output)))
         resumed = on_main(lambda: rundir.check_run(output, config, overwrite=overwrite))
@@ -75,6 +75,15 @@ def pretrain(config: PretrainConfig, output: Path, *, overwrite: bool = False) -
             say(f"{output} holds this run already; going on from what is complete.")
         # Text first: what is wrong with it should neither delete another run nor leave a half one behind.
         run = _Run(config, output, resumed=resumed)
+        if resumed and not on_main(lambda: rundir.same_text(output, run.identity)):
+            if not overwrite:
+                raise OutputError(
+                    f"The text (its path, size or time), or the checkpoint to start from, has changed since the run in "
+                    f"{output} was begun; its stages would not be comparable. Restore it, name another directory, or "
+                    "pass --overwrite to start anew."
+                )
+            resumed = False
+            run = _Run(config, output, resumed=False)
         on_main(lambda: run.claim(resumed))
         return run.results()
 
@@ -89,8 +98,15 @@ def _complete(output: Path) -> bool:
     return (output / "results.json").is_file()
 
 
-def _check_start(config: PretrainConfig) -> None:
-    """Raises ConfigError if the run's shape is not that of the checkpoint it starts from."""
+def _check_start(config: PretrainConfig, output: Path) -> None:
+    """Raises ConfigError if the run's shape is not that of the checkpoint it starts from, or would be deleted."""
+    for name in ("init_from", "tokenizer"):
+        path = Path(getattr(config, name) or "")
+        if path.exists() and output.resolve() in path.resolve().parents:
+            raise ConfigError(
+                f"{name} is {path}, inside the run's own directory {output}, which a run may delete. Copy it "
+                "elsewhere, or name another output."
+            )
     if config.init_from is None:
         return
     there = GPT2Shape.of_checkpoint(Path(config.init_from))
@@ -117,6 +133,12 @@ class _Run:
         self.validation = spread(self.blocks.validation, config.validation_blocks)
         self.stages = plan_stages(config, self._steps())
         arguments = training_arguments(config, output)
+        devices = torch.accelerator.device_count()
+        if processes.count() == 1 and devices > 1:
+            say(
+                f"{devices} devices are visible and one is used; all of them with "
+                f"`torchrun --nproc-per-node {devices} -m fastffn pretrain ...`."
+            )
         self.device: torch.device = arguments.device
         self.autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
         self.gain: Gain | None = None
@@ -124,9 +146,11 @@ class _Run:
 
     def claim(self, resumed: bool) -> None:
         """Makes the directory this run's."""
-        if not resumed:
+        if resumed:
+            rundir.clear_partials(self.output)
+        else:
             rundir.claim_run(self.output, self.config)
-        rundir.check_text(self.output, self.blocks.identity, resumed=resumed)
+        rundir.keep_text(self.output, self.identity)
         self.tokenizer.model_max_length = self.config.sequence
         if not (self.output / "tokenizer").is_dir():
             with new_directory(self.output / "tokenizer") as partial:
@@ -152,15 +176,18 @@ class _Run:
             )
         if config.init_from is not None:
             known = GPT2Shape.of_checkpoint(Path(config.init_from)).vocabulary
-            if len(tokenizer) > known:
+            if training_size(config.tokenizer) is not None or not fits_vocabulary(len(tokenizer), known):
                 raise DataError(
-                    f"The tokenizer '{config.tokenizer}' has {len(tokenizer)} tokens, but the checkpoint "
-                    f"{config.init_from} knows {known}. Name the tokenizer it was trained with."
+                    f"The tokenizer '{config.tokenizer}' has {len(tokenizer)} tokens, the checkpoint "
+                    f"{config.init_from} {known}: they do not belong together. Name the tokenizer that it was trained "
+                    "with by --tokenizer."
                 )
         return tokenizer
 
     def _blocks(self) -> TokenBlocks:
         config = self.config
+        # What is wrong with the text's name is said once.
+        on_main(lambda: find_text(config.data, column=config.text_column, separator=config.document_separator) and None)
         # Every process asks; the cache's lock lets one of each machine do the work, however long it takes.
         blocks = token_blocks(
             config.data,
@@ -182,14 +209,27 @@ class _Run:
             f"{f'; evenly out of {there * config.sequence:,}' if used < there else ''}); vocabulary "
             f"{len(self.tokenizer):,}."
         )
-        if blocks.tokens_per_second is not None:
-            say(f"Tokenised in {blocks.seconds:.1f} s, {blocks.tokens_per_second:,.0f} tokens/s.")
+        # One process of each machine has done the work, not always the main one.
+        worked = [(s, speed) for s, speed in processes.gather((blocks.seconds, blocks.tokens_per_second)) if speed]
+        if worked:
+            say(f"Tokenised in {worked[0][0]:.1f} s, {worked[0][1]:,.0f} tokens/s.")
+        self.tokenised_per_second = worked[0][1] if worked else None
         if len(blocks.train) < config.batch:
             raise DataError(
                 f"The text makes {len(blocks.train)} blocks of {config.sequence} tokens, fewer than one batch of "
                 f"{config.batch}. Give more text, or a smaller --batch."
             )
         return blocks
+
+    @property
+    def identity(self) -> str:
+        """Text that differs whenever the text or the start of the run do."""
+        start = Path(self.config.init_from) if self.config.init_from is not None else None
+        stamps = [
+            f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
+            for path in sorted(start.glob("*.safetensors") if start else ())
+        ]
+        return " ".join([self.blocks.identity, *stamps])
 
     def _steps(self) -> int:
         """Optimizer steps of a run, or of one stage with `restart`."""
@@ -239,7 +279,7 @@ class _Run:
                 "characters": self.blocks.train_characters + self.blocks.validation_characters,
                 "documents": self.blocks.train_documents + self.blocks.validation_documents,
                 "held_out": self.blocks.held_out,
-                "tokenised_per_second": self.blocks.tokens_per_second,
+                "tokenised_per_second": self.tokenised_per_second,
                 "train_tokens": len(self.blocks.train) * config.sequence,
                 "validation_tokens": len(self.validation) * config.sequence,
                 "vocabulary": len(self.tokenizer),
@@ -261,7 +301,8 @@ class _Run:
         if kept.is_file():
             return Gain.from_dict(read_json(kept))
         say("Timing a few training steps at this shape ...")
-        gain = measure_gain(self.config, len(self.tokenizer), self.device, self.autocast, share)
+        micro, _ = split_batch(self.config, processes.count())
+        gain = measure_gain(self.config, len(self.tokenizer), self.device, self.autocast, share, micro)
         write_json(kept, gain.to_dict())
         say(
             f"A training step at this shape: dense {gain.dense_seconds:.3f} s, factorised "
@@ -409,10 +450,15 @@ class _Run:
         )
 
     def _final_checkpoint(self, name: str) -> Path:
-        checkpoint, _ = checkpoints.newest_complete(self.output / name)
-        if checkpoint is None:
-            raise DataError(f"{self.output / name} holds no whole checkpoint; start the run anew with --overwrite.")
-        return checkpoint
+        """The checkpoint of a finished stage's last step."""
+        path = self.output / name / f"checkpoint-{self.stages[name].end}"
+        reason = checkpoints.why_incomplete(path)
+        if reason is not None:
+            raise CheckpointError(
+                f"{path} is needed to go on, but {reason}. Delete {self.output / name / rundir.STAGE}: the same "
+                "command then trains the end of that stage again."
+            )
+        return path
 
     def _factorise(self) -> dict[str, Any]:
         target = self.output / "factorised"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,6 +12,10 @@ import torch
 from fastffn.errors import ConfigError, DataError, MainProcessError
 
 T = TypeVar("T")
+
+# How long processes wait for each other: while one tokenises, merges or writes, the others have nothing to do. A
+# launcher notices by itself, and at once, when a process dies.
+PATIENCE = datetime.timedelta(days=2)
 
 
 def join() -> None:
@@ -33,7 +38,7 @@ def state() -> Any:
     """Who we are among the processes; accelerate's `PartialState`."""
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.accelerator.is_available())
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
 
 
 def leave() -> None:
@@ -84,18 +89,24 @@ def on_main(function: Callable[[], T]) -> T:
     return value
 
 
-def check_same(what: str, value: str) -> None:
-    """Raises DataError unless `value` is the same in every process."""
+def gather(value: T) -> list[T]:
+    """The values of all processes, in their order."""
     if count() == 1:
-        return
+        return [value]
     from accelerate.utils import gather_object
 
-    values = gather_object([value])
+    values: list[T] = gather_object([value])
+    return values
+
+
+def check_same(what: str, value: str) -> None:
+    """Raises DataError unless `value` is the same in every process."""
+    values = gather(value)
     others = [number for number, other in enumerate(values) if other != values[0]]
     if others:
         raise DataError(
             f"{what} differs between the processes: {', '.join(map(str, others))} do not have what process 0 has. All "
-            "machines must read the same files."
+            "must read the same files, under the same path and with the same times."
         )
 
 

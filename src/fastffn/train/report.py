@@ -246,8 +246,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     partial = path.with_name(f".{path.name}.partial.png")
-    figure.savefig(partial, dpi=120)
-    partial.replace(path)
+    try:
+        figure.savefig(partial, dpi=120)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _line(axes: Any, curve: list[dict[str, float]], label: str, color: str, style: str) -> None:

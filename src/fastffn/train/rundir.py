@@ -10,13 +10,14 @@ from typing import Any
 
 import yaml
 
-from fastffn.convert.files import make_directory, read_json, write_json, write_text
+from fastffn.convert.files import flush, make_directory, read_json, write_json, write_text
 from fastffn.errors import ConfigError, OutputError
 from fastffn.train.config import PretrainConfig
 
 CONFIG = "config.yaml"
 STAGE = "stage.json"
-LOCK = ".lock"
+TEXT = "text.json"
+LOCK = ".fastffn.lock"
 # Everything a run puts into its directory; `--overwrite` removes these and nothing else.
 CONTENTS = (
     "dense",
@@ -27,7 +28,7 @@ CONTENTS = (
     "merged",
     "stage2",
     "tokenizer",
-    "text.json",
+    TEXT,
     "gain.json",
     "results.json",
     "report.md",
@@ -36,9 +37,13 @@ CONTENTS = (
 )
 
 
+# What there is before the first stage begins.
+BEFORE_TRAINING = {CONFIG, "tokenizer", TEXT, "gain.json"}
+
+
 @contextlib.contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Keeps every other run out of `output`; what an earlier one left half-written there is cleared away.
+    """Keeps every other run out of `output`.
 
     The lock is the operating system's: it ends with the process, however that ends.
 
@@ -59,14 +64,14 @@ def locked(output: Path) -> Iterator[None]:
             f"Another process trains in {output} at this moment. Wait for it, stop it, or name another directory."
         ) from None
     try:
-        for path in output.glob(".*.partial*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
         yield
     finally:
-        (output / LOCK).unlink(missing_ok=True)
-        lock.release()
         # A directory that nothing came into was made for nothing.
-        if new and not any(output.iterdir()):
+        made_for_nothing = new and [path.name for path in output.iterdir()] == [LOCK]
+        if made_for_nothing:
+            (output / LOCK).unlink()
+        lock.release()
+        if made_for_nothing:
             output.rmdir()
 
 
@@ -74,45 +79,78 @@ def check_run(output: Path, config: PretrainConfig, *, overwrite: bool) -> bool:
     """Checks that `output` is free for the run that `config` describes; changes nothing.
 
     Returns:
-        Whether it holds an earlier, unfinished or finished attempt at the very same run, which goes on.
+        Whether it holds an earlier attempt at the very same run, which goes on. With `overwrite` only an unfinished one
+        does.
 
     Raises:
         OutputError: it holds another run, or something that is not a run.
     """
-    there = sorted(path.name for path in output.iterdir() if path.name != LOCK) if output.exists() else []
-    # Nothing trained yet: nothing to go on with, and nothing to lose.
-    if set(there) <= {CONFIG, "tokenizer", "text.json", "gain.json"} and CONFIG in there:
+    there = sorted(path.name for path in output.iterdir() if path.name != LOCK and not _is_partial(path))
+    if not there:
         return False
-    if there and overwrite:
+    before = read_config(output / CONFIG) if CONFIG in there else {}
+    after = config.to_flat()
+    different = [name for name in after if name not in before or before[name] != after[name]]
+    if set(there) <= BEFORE_TRAINING and {"data", "ffn", "layers"} <= set(before):
+        return False  # nothing to go on with, and nothing to lose
+    if not different and not (overwrite and (output / "results.json").is_file()):
+        return True
+    if overwrite:
         foreign = [name for name in there if name not in CONTENTS]
         if foreign:
             raise OutputError(
                 f"{output} holds files that are not a FastFFN run's ({', '.join(foreign[:5])}); nothing was deleted. "
                 "Name another directory."
             )
-    elif there:
-        if CONFIG not in there:
-            raise OutputError(f"{output} is not empty and holds no FastFFN run; name another directory.")
-        before = read_config(output / CONFIG)
-        after = config.to_flat()
-        names = [name for name in after if before.get(name) != after[name]]
-        if names:
-            differences = "; ".join(f"{name}: {before.get(name)} there, {after[name]} here" for name in names)
-            raise OutputError(
-                f"{output} holds another run, which differs in {differences}. Name another directory, or pass "
-                "--overwrite to delete that run and start anew."
-            )
-        return True
-    return False
+        return False
+    if not before:
+        raise OutputError(f"{output} is not empty and holds no FastFFN run; name another directory.")
+    unknown = [name for name in different if name not in before]
+    if unknown:
+        raise OutputError(
+            f"{output} holds a run of another version of FastFFN, which did not know {', '.join(unknown)}; this one "
+            "cannot go on with it. Name another directory, or pass --overwrite to delete that run and start anew."
+        )
+    differences = "; ".join(f"{name}: {before[name]} there, {after[name]} here" for name in different)
+    raise OutputError(
+        f"{output} holds another run, which differs in {differences}. Name another directory, or pass "
+        "--overwrite to delete that run and start anew."
+    )
 
 
 def claim_run(output: Path, config: PretrainConfig) -> None:
-    """Makes `output` this run's, after `check_run`: deletes another run in it and writes `config.yaml`."""
+    """Makes `output` this run's, after `check_run`: deletes what another run left there and writes `config.yaml`."""
     make_directory(output)
-    for path in sorted(output.iterdir()):
-        if path.name != LOCK:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    names = list(CONTENTS)
+    if not any((output / name).exists() for name in CONTENTS if name not in BEFORE_TRAINING):
+        # Nothing was trained: the directory stays recognisable to the end.
+        names.remove(CONFIG)
+    # Otherwise the configuration goes first: what is left without it, should this be stopped, is no run any more.
+    for name in sorted(names, key=lambda name: name != CONFIG):
+        _remove(output / name)
+    clear_partials(output)
     write_text(output / CONFIG, dump_config(config))
+
+
+def clear_partials(output: Path) -> None:
+    """Deletes what a run that was killed left half-written, in its directory and those of its stages."""
+    ours = [output / name for name in CONTENTS if (output / name).is_dir()]
+    for path in [*output.iterdir(), *(path for stage in ours for path in stage.iterdir())]:
+        if _is_partial(path):
+            _remove(path)
+
+
+def _is_partial(path: Path) -> bool:
+    """Whether it is a temporary name (see `fastffn.convert.files`) of something that a run writes."""
+    name, _, rest = path.name.removeprefix(".").partition(".partial")
+    return bool(path.name.startswith(".") and rest and (name in CONTENTS or path.parent.name in CONTENTS))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def dump_config(config: PretrainConfig) -> str:
@@ -142,20 +180,19 @@ def finished_stage(directory: Path) -> dict[str, Any] | None:
 
 
 def finish_stage(directory: Path, record: dict[str, Any]) -> None:
-    """Marks a stage as finished."""
+    """Marks a stage as finished, once its model has reached the disk."""
+    for path in directory.iterdir():
+        if path.is_file():
+            flush(path)
     write_json(directory / STAGE, record)
 
 
-def check_text(output: Path, identity: str, *, resumed: bool) -> None:
-    """Keeps the identity of the run's token blocks, or compares with it.
+def same_text(output: Path, identity: str) -> bool:
+    """Whether a run's token blocks and start are still those that it was begun with."""
+    path = output / TEXT
+    return not path.is_file() or read_json(path).get("identity") == identity
 
-    Raises:
-        OutputError: the run was begun on other text.
-    """
-    path = output / "text.json"
-    if resumed and path.is_file() and read_json(path).get("identity") != identity:
-        raise OutputError(
-            f"The text has changed since the run in {output} was begun; its stages would not be comparable. "
-            "Restore the text, name another directory, or pass --overwrite to start anew."
-        )
-    write_json(path, {"identity": identity})
+
+def keep_text(output: Path, identity: str) -> None:
+    """Keeps the identity of the run's token blocks and start."""
+    write_json(output / TEXT, {"identity": identity})

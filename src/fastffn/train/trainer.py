@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -109,6 +110,16 @@ class Clock(TrainerCallback):
         self.seconds += now - (self._mark or now)
         self._mark = now
 
+    def waited_for(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches; the time until each comes is waiting."""
+        while True:
+            begun = time.perf_counter()
+            batch = next(batches, None)
+            self.waiting += time.perf_counter() - begun
+            if batch is None:
+                return
+            yield batch
+
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leaves the validation out."""
         self._mark = time.perf_counter()
@@ -203,12 +214,9 @@ class StageTrainer(Trainer):
             raise self._diverged(f"The loss is {float(loss)} in step {self.state.global_step + 1}")
         return loss
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """See `Trainer.get_batch_samples`; the clock notes how long it takes."""
-        begun = time.perf_counter()
-        samples = super().get_batch_samples(*args, **kwargs)
-        self.clock.waiting += time.perf_counter() - begun
-        return samples
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        """See `Trainer.get_batch_samples`; the clock notes how long batches are waited for."""
+        return super().get_batch_samples(self.clock.waited_for(epoch_iterator), *args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """The validation blocks of one process out of n: every n-th."""

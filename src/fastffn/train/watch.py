@@ -128,11 +128,14 @@ class Watch(TrainerCallback):
         if not state.is_world_process_zero or not (ended or now - self._report_at >= LINE_SECONDS):
             return
         self._report_at = now
-        self.report(
-            f"{self.stage.name}: step {state.global_step} of {self.stage.end}; about {in_words(self._left(state))} "
-            "left of the whole run.",
-            state.log_history,
-        )
+        try:
+            self.report(
+                f"{self.stage.name}: step {state.global_step} of {self.stage.end}; about "
+                f"{in_words(self._left(state))} left of the whole run.",
+                state.log_history,
+            )
+        except Exception as error:  # a picture that cannot be drawn is no reason to stop training
+            print(f"The report so far could not be written: {error}", flush=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
