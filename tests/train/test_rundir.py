@@ -67,8 +67,11 @@ def test_the_lock_keeps_others_out_and_leaves_nothing(tmp_path) -> None:
             # The one that was refused did not take the lock away.
             assert (tmp_path / name / rundir.LOCK).exists()
             assert rundir.check_run(tmp_path / name, CONFIG, overwrite=False) is False
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [rundir.LOCK]
+    assert list((tmp_path / "run").iterdir()) == []
     assert not (tmp_path / "new" / "one").exists()
+    with rundir.locked(tmp_path / "run"):
+        rundir.claim_run(tmp_path / "run", CONFIG)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {rundir.CONFIG, rundir.LOCK}
 
 
 def test_half_written_files_of_ours_go_and_no_others(tmp_path) -> None:

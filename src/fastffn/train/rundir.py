@@ -66,13 +66,12 @@ def locked(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # A directory that nothing came into was made for nothing.
-        made_for_nothing = new and [path.name for path in output.iterdir()] == [LOCK]
-        if made_for_nothing:
-            (output / LOCK).unlink()
+        if not (output / CONFIG).exists():
+            # It has not become a run's: leave it as it was.
+            (output / LOCK).unlink(missing_ok=True)
+            if new and not any(output.iterdir()):
+                output.rmdir()
         lock.release()
-        if made_for_nothing:
-            output.rmdir()
 
 
 def check_run(output: Path, config: PretrainConfig, *, overwrite: bool) -> bool:
@@ -85,7 +84,8 @@ def check_run(output: Path, config: PretrainConfig, *, overwrite: bool) -> bool:
     Raises:
         OutputError: it holds another run, or something that is not a run.
     """
-    there = sorted(path.name for path in output.iterdir() if path.name != LOCK and not _is_partial(path))
+    found = output.iterdir() if output.exists() else ()
+    there = sorted(path.name for path in found if path.name != LOCK and not _is_partial(path))
     if not there:
         return False
     before = read_config(output / CONFIG) if CONFIG in there else {}
