@@ -10,7 +10,7 @@ from torch import nn
 
 from fastffn.convert import match
 from fastffn.errors import ConversionError
-from fastffn.nn import FFNConfig
+from fastffn.nn import FFN, FFNConfig
 from fastffn.registry import kind_of
 
 
@@ -104,6 +104,25 @@ def convert(model: nn.Module, config: FFNConfig, *, filter: Callable[[str], bool
         match.replace_module(model, path, new)
     io.attach(model)
     return ConversionReport(tuple(layers))
+
+
+def place_fresh(model: Any, config: FFNConfig) -> None:
+    """Puts FFNs with start values of their own in the place of a model's, where the kind cannot approximate those.
+
+    Args:
+        model: a model of a known family, its FFNs dense and of no account.
+        config: the kind to put in; widths, activation and dropout are read off the model.
+    """
+    from fastffn.convert import io
+
+    kind = kind_of(config)
+    if kind.module.from_dense.__func__ is not FFN.from_dense.__func__:  # type: ignore[attr-defined]
+        convert(model, config)
+        return
+    family = match.family_of(model.config)
+    for path, ffn in list(match.family_ffns(model, family)):
+        match.replace_module(model, path, kind.module(config.fitted_to(family.dense_config(ffn, model.config))))
+    io.attach(model)
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastffn.convert.api import convert
+from fastffn.convert.api import convert, place_fresh
 from fastffn.convert.files import read_json
 from fastffn.convert.match import fastffn_modules
 from fastffn.errors import CheckpointError
@@ -107,7 +107,7 @@ def fresh_gpt2(shape: GPT2Shape, ffn: FFNConfig | None = None, *, seed: int = 0,
     set_seed(seed)
     model = GPT2LMHeadModel(shape.model_config(end_of_text))
     if ffn is not None:
-        convert(model, ffn)
+        place_fresh(model, ffn)
     return model
 
 

@@ -52,7 +52,7 @@ class PretrainConfig:
     activation: str = _field("gelu_pytorch_tanh", "activation of the FFN (GPT-2's GELU, computed by one kernel)")
     dropout: float = _field(0.0, "dropout on embeddings, attention and residuals")
     # Stages
-    ffn: str = _field("low_rank", "kind of FFN in stage 1; dense: one ordinary run, without stages")
+    ffn: str = _field("low_rank", "kind of FFN; one that merges makes two stages, any other, or dense, one")
     ffn_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "fields of that kind"})
     steps: int | None = _field(360, "optimizer steps of a run (of each stage with --restart)")
     epochs: float | None = _field(None, "length in passes over the data instead of steps")
@@ -158,8 +158,8 @@ class PretrainConfig:
 
     @property
     def two_stage(self) -> bool:
-        """Whether there is a factorised stage at all."""
-        return self.ffn != "dense"
+        """Whether the kind merges into the dense one: a factorised stage comes first, then a dense one."""
+        return self.ffn in mergeable_kinds()
 
     def shape(self, vocabulary: int) -> GPT2Shape:
         """The widths of the model."""
@@ -175,19 +175,13 @@ class PretrainConfig:
         )
 
     def ffn_config(self) -> FFNConfig:
-        """The configuration of stage 1's FFN, all widths known.
+        """The configuration of the FFN of stage 1, or of the only stage, all widths known.
 
         Raises:
             KindError: the kind is unknown.
-            ConfigError: it cannot be merged, or an option is unknown or does not fit.
+            ConfigError: an option is unknown or does not fit.
         """
         kind = get_kind(self.ffn)
-        possible = [get_kind("dense").name, *mergeable_kinds()]
-        if kind.name not in possible:
-            raise ConfigError(
-                f"ffn is '{kind.name}', which cannot be a first stage: it does not merge into a dense FFN. Choose from "
-                f"{', '.join(possible)}."
-            )
         options = {name: value for name, value in self.ffn_options.items() if value is not None}
         known = kind.config.own_fields()
         for name in options:
@@ -199,7 +193,8 @@ class PretrainConfig:
         widths = {"d_model": self.d_model, "activation": self.activation, "dropout": self.dropout}
         if self.d_hidden is not None:
             widths["d_hidden"] = self.d_hidden
-        return kind.config.from_dict(options | widths).resolved()
+        fields = {field.name for field in dataclasses.fields(kind.config)}
+        return kind.config.from_dict(options | {n: v for n, v in widths.items() if n in fields}).resolved()
 
     def to_flat(self) -> dict[str, Any]:
         """All fields on one level, the FFN kind's options among them, as YAML files and flags give them."""
@@ -241,9 +236,9 @@ def mergeable_kinds() -> list[str]:
 
 
 def ffn_option_types() -> dict[str, tuple[type, str]]:
-    """Options of all kinds that can be a first stage: name -> (type, which kinds have it)."""
+    """Options of all kinds: name -> (type, which kinds have it)."""
     options: dict[str, tuple[type, str]] = {}
-    for name in mergeable_kinds():
+    for name in kinds():
         kind = get_kind(name)
         hints = get_type_hints(kind.config)
         for option in kind.config.own_fields():

@@ -14,7 +14,7 @@ class Stage:
 
     Attributes:
         name: also that of its directory.
-        factorised: whether the FFNs are factorised in it.
+        factorised: whether its FFNs are of the run's kind instead of dense.
         begin, end: optimizer steps; the schedule counts them from the beginning of the run.
         total: steps that the schedule spans.
         learning_rate, switched_learning_rate: peak rates of groups 0 and 1, and of group 2.
@@ -73,10 +73,13 @@ def plan_stages(config: PretrainConfig, steps: int) -> dict[str, Stage]:
         )
 
     plan = []
-    if config.baseline or not config.two_stage:
+    if config.baseline or config.ffn == "dense":
         plan.append(dense("dense", steps))
-    if not config.two_stage:
+    if config.ffn == "dense":
         pass
+    elif not config.two_stage:
+        # What does not merge is trained to the end, in a directory that bears its name.
+        plan.append(part(config.ffn, 0, steps, steps, factorised=True, seed=seed))
     elif config.restart:
         if config.baseline:
             # As many tokens as both stages together.

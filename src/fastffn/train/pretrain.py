@@ -250,6 +250,8 @@ class _Run:
                 records[name] = self._train(self.stages[name])
         if config.two_stage:
             self._train_two_stages()
+        elif config.ffn not in records:
+            records[config.ffn] = self._train(self.stages[config.ffn])
         return on_main(self._finish)
 
     def _train_two_stages(self) -> None:

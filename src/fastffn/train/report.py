@@ -20,19 +20,27 @@ CAVEAT = (
 HEADERS = ("stage", "steps", "tokens", "seconds", "tokens/s", "validation loss", "perplexity")
 
 
+def final_stage(stages: dict[str, Any]) -> str | None:
+    """The stage that ends what is compared with the baselines: `stage2`, or that of a kind that does not merge."""
+    names = [name for name in stages if name not in (*BASELINES, "factorise", "merge", "warmup", "stage1")]
+    return names[-1] if names else None
+
+
 def time_to_loss(stages: dict[str, Any], baseline: str) -> dict[str, Any] | None:
-    """Seconds that the two-stage run needs to reach a dense run's final validation loss, over that run's seconds.
+    """Seconds that the other run needs to reach a dense run's final validation loss, over the dense run's seconds.
 
     Counted up to the first validation in the dense stage at or below that loss; merging, loading and re-warming are
     in it, validations and checkpoints are in neither side.
 
     Returns:
-        `ratio` (None: not reached), `target`, `seconds` and `dense_seconds`; None without that baseline.
+        `ratio` (None: not reached), `target`, `seconds` and `dense_seconds`; None without that baseline, or where there
+        is nothing but it.
     """
-    if baseline not in stages:
+    final = final_stage(stages)
+    if baseline not in stages or final is None:
         return None
     target, dense_seconds = stages[baseline]["validation_loss"], stages[baseline]["seconds"]
-    reached = next((point for point in stages["stage2"]["curve"] if point["loss"] <= target), None)
+    reached = next((point for point in stages[final]["curve"] if point["loss"] <= target), None)
     seconds = reached["seconds"] if reached else None
     return {
         "target": target,
@@ -78,6 +86,7 @@ def _row(name: str, record: dict[str, Any], seconds: float) -> tuple[str, ...]:
 def verdicts(results: dict[str, Any]) -> list[str]:
     """One sentence for each baseline."""
     sentences = []
+    final = final_stage(results["stages"])
     names = {"dense": "the dense run", "dense_equal_tokens": "the dense run on as many tokens"}
     for baseline in BASELINES:
         found = results["time_to_loss"].get(baseline)
@@ -86,8 +95,9 @@ def verdicts(results: dict[str, Any]) -> list[str]:
         head = f"Time to the final loss of {names[baseline]} ({found['target']:.4f})"
         if found["ratio"] is None:
             sentences.append(
-                f"{head}: not reached; the two-stage run ends at {results['stages']['stage2']['validation_loss']:.4f} "
-                f"after {results['stages']['stage2']['seconds']:.1f} s against {found['dense_seconds']:.1f} s."
+                f"{head}: not reached; the {'two-stage' if final == 'stage2' else final} run ends at "
+                f"{results['stages'][final]['validation_loss']:.4f} after {results['stages'][final]['seconds']:.1f} s "
+                f"against {found['dense_seconds']:.1f} s."
             )
         else:
             sentences.append(
@@ -111,11 +121,8 @@ def print_report(results: dict[str, Any], output: Path) -> None:
 
 def write_report(output: Path, results: dict[str, Any]) -> None:
     """Completes `results` and writes `results.json`, `report.md` and `loss_vs_time.png`."""
-    two_stage = "stage2" in results["stages"]
     results["time_to_loss"] = {
-        baseline: found
-        for baseline in BASELINES
-        if two_stage and (found := time_to_loss(results["stages"], baseline)) is not None
+        baseline: found for baseline in BASELINES if (found := time_to_loss(results["stages"], baseline)) is not None
     }
     sample, machine = results["sample"], results["machine"]
     end = [
@@ -158,12 +165,11 @@ def _write(output: Path, results: dict[str, Any], summary: list[str], end: list[
     config, gain = results["config"], results["gain"]
     plot(results, output / "loss_vs_time.png")
     rates = f"peak learning rate {config['dense_learning_rate'] or config['learning_rate']:g}"
-    title = "Pre-training"
-    if gain is not None:
-        title = "Two-stage pre-training"
+    title = "Two-stage pre-training" if gain is not None else "Pre-training"
+    if config["ffn"] != "dense":
         chosen = {name: value for name, value in config.items() if name in results["ffn"] and value is not None}
         rates = (
-            f"stage 1: {config['ffn']}, "
+            f"{'stage 1: ' if gain is not None else ''}{config['ffn']}, "
             + "".join(f"{name} {value}, " for name, value in chosen.items())
             + f"peak learning rate {config['learning_rate']:g}, dense "
             f"{config['dense_learning_rate'] or config['learning_rate']:g}"
@@ -221,18 +227,21 @@ def plot(results: dict[str, Any], path: Path) -> None:
     stages = results["stages"]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    labels = {"dense": "dense", "dense_equal_tokens": "dense, equal tokens"}
+    labels = {
+        "dense": "dense",
+        "dense_equal_tokens": "dense, equal tokens",
+        "warmup": "two-stage: dense warm-up",
+        "stage1": f"two-stage: stage 1 ({results['config']['ffn']})",
+        "stage2": "two-stage: stage 2 (dense)",
+    }
     for baseline, style in zip(BASELINES, ("-", "--"), strict=True):
         if baseline in stages:
             _line(axes, stages[baseline]["curve"], labels[baseline], "tab:blue", style)
             axes.axhline(stages[baseline]["validation_loss"], color="tab:blue", linewidth=0.7, linestyle=":")
-    for name, color, label in (
-        ("warmup", "tab:gray", "two-stage: dense warm-up"),
-        ("stage1", "tab:orange", f"two-stage: stage 1 ({results['config']['ffn']})"),
-        ("stage2", "tab:red", "two-stage: stage 2 (dense)"),
-    ):
-        if name in stages:
-            _line(axes, stages[name]["curve"], label, color, "-")
+    colors = {"warmup": "tab:gray", "stage1": "tab:orange"}
+    for name in stages:
+        if name not in BASELINES and "curve" in stages[name]:
+            _line(axes, stages[name]["curve"], labels.get(name, name), colors.get(name, "tab:red"), "-")
     if "merge" in stages:
         begin, end = stages["stage1"]["seconds"], stages["stage1"]["seconds"] + stages["merge"]["seconds"]
         axes.axvspan(begin, end, color="tab:green", alpha=0.25)

@@ -12,6 +12,7 @@ import yaml
 
 from fastffn.convert.files import flush, make_directory, read_json, write_json, write_text
 from fastffn.errors import ConfigError, OutputError
+from fastffn.registry import kinds
 from fastffn.train.config import PretrainConfig
 
 CONFIG = "config.yaml"
@@ -74,6 +75,11 @@ def locked(output: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_ours(name: str) -> bool:
+    """Whether a run puts something of that name into its directory; stages of other kinds bear the kind's name."""
+    return name in CONTENTS or name in kinds()
+
+
 def check_run(output: Path, config: PretrainConfig, *, overwrite: bool) -> bool:
     """Checks that `output` is free for the run that `config` describes; changes nothing.
 
@@ -96,7 +102,7 @@ def check_run(output: Path, config: PretrainConfig, *, overwrite: bool) -> bool:
     if not different and not (overwrite and (output / "results.json").is_file()):
         return True
     if overwrite:
-        foreign = [name for name in there if name not in CONTENTS]
+        foreign = [name for name in there if not is_ours(name)]
         if foreign:
             raise OutputError(
                 f"{output} holds files that are not a FastFFN run's ({', '.join(foreign[:5])}); nothing was deleted. "
@@ -121,8 +127,8 @@ def check_run(output: Path, config: PretrainConfig, *, overwrite: bool) -> bool:
 def claim_run(output: Path, config: PretrainConfig) -> None:
     """Makes `output` this run's, after `check_run`: deletes what another run left there and writes `config.yaml`."""
     make_directory(output)
-    names = list(CONTENTS)
-    if not any((output / name).exists() for name in CONTENTS if name not in BEFORE_TRAINING):
+    names = [*CONTENTS, *(name for name in kinds() if name not in CONTENTS)]
+    if not any((output / name).exists() for name in names if name not in BEFORE_TRAINING):
         # Nothing was trained: the directory stays recognisable to the end.
         names.remove(CONFIG)
     # Otherwise the configuration goes first: what is left without it, should this be stopped, is no run any more.
@@ -134,7 +140,7 @@ def claim_run(output: Path, config: PretrainConfig) -> None:
 
 def clear_partials(output: Path) -> None:
     """Deletes what a run that was killed left half-written, in its directory and those of its stages."""
-    ours = [output / name for name in CONTENTS if (output / name).is_dir()]
+    ours = [path for path in output.iterdir() if path.is_dir() and is_ours(path.name)]
     for path in [*output.iterdir(), *(path for stage in ours for path in stage.iterdir())]:
         if _is_partial(path):
             _remove(path)
@@ -143,7 +149,7 @@ def clear_partials(output: Path) -> None:
 def _is_partial(path: Path) -> bool:
     """Whether it is a temporary name (see `fastffn.convert.files`) of something that a run writes."""
     name, _, rest = path.name.removeprefix(".").partition(".partial")
-    return bool(path.name.startswith(".") and rest and (name in CONTENTS or path.parent.name in CONTENTS))
+    return bool(path.name.startswith(".") and rest and (is_ours(name) or is_ours(path.parent.name)))
 
 
 def _remove(path: Path) -> None:
