@@ -3,7 +3,17 @@
 from fastffn import ops
 from fastffn.convert.api import convert, merge
 from fastffn.errors import FastFFNError
-from fastffn.nn import BlockConfig, BlockFFN, DenseConfig, DenseFFN, LowRankConfig, LowRankFFN, build
+from fastffn.nn import (
+    BlockConfig,
+    BlockFFN,
+    DenseConfig,
+    DenseFFN,
+    LowRankConfig,
+    LowRankFFN,
+    NeuronTreeConfig,
+    NeuronTreeFFN,
+    build,
+)
 from fastffn.ops.dispatch import use_backend
 
 __version__ = "0.1.0"
@@ -16,6 +26,8 @@ __all__ = [
     "FastFFNError",
     "LowRankConfig",
     "LowRankFFN",
+    "NeuronTreeConfig",
+    "NeuronTreeFFN",
     "build",
     "convert",
     "merge",

@@ -3,5 +3,8 @@
 from __future__ import annotations
 
 from fastffn.ops.dispatch import Op
+from fastffn.ops.neuron_tree import NEURON_TREE, neuron_tree
 
-OPS: dict[str, Op] = {op.name: op for op in ()}
+__all__ = ["OPS", "neuron_tree"]
+
+OPS: dict[str, Op] = {op.name: op for op in (NEURON_TREE,)}

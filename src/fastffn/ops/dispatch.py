@@ -152,6 +152,7 @@ class Op:
         self.example = example
         self.flops = flops
         self._inputs = len(tensors.split(","))
+        self.arguments = self._inputs + (len(options.split(",")) if options else 0)
         self._saved = saved
         self._fake = fake
         self._register(tensors, options)
