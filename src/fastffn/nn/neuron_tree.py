@@ -5,6 +5,7 @@ P = trees, N = 2**(depth + 1) - 1 neurons each, of which a token visits depth + 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ class NeuronTreeFFN(FFN[NeuronTreeConfig]):
 
         Raises:
             CheckpointError: the keys or shapes are of no published layer, or `depth` is missing or does not fit.
+            ConfigError: `depth` is no possible depth, or the activation is unknown.
 
         The benchmarks send a score of exactly zero to the right, we to the left, as the training module does.
         """
@@ -167,18 +169,18 @@ class NeuronTreeFFN(FFN[NeuronTreeConfig]):
                 f"The state dict holds {', '.join(sorted(state)) or 'nothing'}; expected are linear_in.weight, "
                 "linear_in.bias and linear_out.weight, or w1s and w2s. Take prefixes off the keys first."
             )
-        nodes = 2 ** (depth + 1) - 1
         if w_in.dim() != 2 or w_out.dim() != 2 or len(w_in) != len(w_out) or b_in.shape != (len(w_in),):
             raise CheckpointError(
                 f"The tensors do not fit each other: neurons read {list(w_in.shape)}, have {list(b_in.shape)} biases "
                 f"and write {list(w_out.shape)}."
             )
-        if len(w_in) % nodes or not len(w_in):
-            raise CheckpointError(f"{len(w_in)} neurons are no whole number of trees of depth {depth}, {nodes} each.")
-        trees = len(w_in) // nodes
-        config = NeuronTreeConfig(
-            d_model=w_in.shape[1], d_out=w_out.shape[1], depth=depth, trees=trees, activation=activation
-        )
+        config = NeuronTreeConfig(d_model=w_in.shape[1], d_out=w_out.shape[1], depth=depth, activation=activation)
+        trees, rest = divmod(len(w_in), config.neurons)
+        if rest or not trees:
+            raise CheckpointError(
+                f"{len(w_in)} neurons are no whole number of trees of depth {depth}, {config.neurons} neurons each."
+            )
+        config = dataclasses.replace(config, trees=trees)
         with torch.device("meta"):
             ffn = cls(config)
         tensors = {"w_in": w_in, "b_in": b_in, "w_out": w_out}
