@@ -34,11 +34,13 @@ class NeuronTreeConfig(FFNConfig):
             `2**(depth + 1) - 1`.
         trees: number of trees, whose outputs are added.
         shared: hidden width of a dense FFN that every token goes through beside the trees; 0 for none.
+        straight_through: whether decisions get a gradient, as if they had been weights sigmoid(s) and 1 - sigmoid(s).
     """
 
     depth: int = 11
     trees: int = 1
     shared: int = 0
+    straight_through: bool = False
 
     def __post_init__(self) -> None:
         """See `FFNConfig.__post_init__`."""
@@ -84,7 +86,7 @@ class NeuronTreeFFN(FFN[NeuronTreeConfig]):
     Raises:
         ShapeError: the last axis of `x` is not D.
     Cost: `P (depth + 1) (D + O)` multiply-adds a token, and those of the shared part.
-    Gradient: through the visited neurons; decisions have none.
+    Gradient: through the visited neurons; decisions have none unless `straight_through`.
     """
 
     shared: DenseFFN | None
@@ -120,7 +122,14 @@ class NeuronTreeFFN(FFN[NeuronTreeConfig]):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., D] -> [..., O]`."""
         self.check_input(x)
-        y = ops.neuron_tree(x, self.w_in, self.b_in, self.w_out, self.config.activation)
+        y = ops.neuron_tree(
+            x,
+            self.w_in,
+            self.b_in,
+            self.w_out,
+            self.config.activation,
+            straight_through=self.config.straight_through,
+        )
         if self.shared is not None:
             y = y + self.shared(x)
         dropped: torch.Tensor = self.dropout(y)

@@ -15,6 +15,7 @@ class Case(NamedTuple):
     b_in: torch.Tensor | None
     w_out: torch.Tensor
     activation: str
+    straight_through: bool = False
 
     def to(self, dtype: torch.dtype) -> Case:
         return Case(*(t.to(dtype) if isinstance(t, torch.Tensor) else t for t in self))
@@ -34,6 +35,7 @@ def make(
     dtype: torch.dtype = torch.float32,
     bias: bool = True,
     activation: str = "gelu",
+    straight_through: bool = False,
     strided: bool = False,
     seed: int = 0,
 ) -> Case:
@@ -46,7 +48,7 @@ def make(
     x = draw(d_model, tokens).T if strided else draw(tokens, d_model)
     w_in = draw(trees, nodes, d_model, scale=d_model**-0.5)
     w_out = draw(trees, nodes, d_out, scale=((depth + 1) * trees) ** -0.5)
-    return Case(x, w_in, draw(trees, nodes, scale=0.3) if bias else None, w_out, activation)
+    return Case(x, w_in, draw(trees, nodes, scale=0.3) if bias else None, w_out, activation, straight_through)
 
 
 def exact(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

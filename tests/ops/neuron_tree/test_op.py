@@ -21,10 +21,10 @@ everyone = pytest.mark.parametrize("name", [impl.name for impl in IMPLS])
 def test_leading_axes(shape: tuple[int, ...]) -> None:
     case = make(1)
     x = torch.randn(*shape, 9)
-    y = fastffn.ops.neuron_tree(x, *case[1:])
+    y = fastffn.ops.neuron_tree(x, *case[1:5])
     assert y.shape == (*shape, 7)
     if x.numel():
-        rows = torch.stack([neuron_tree(row, *case[1:]) for row in x.reshape(-1, 9)])
+        rows = torch.stack([neuron_tree(row, *case[1:5]) for row in x.reshape(-1, 9)])
         torch.testing.assert_close(y.reshape(-1, 7), rows)
 
 
@@ -33,26 +33,26 @@ def test_out_is_filled_and_returned() -> None:
     out = torch.full((4, 10, 7), torch.nan)
     for name in [impl.name for impl in IMPLS]:
         with fastffn.use_backend(name):
-            assert neuron_tree(case.x.view(4, 10, 9), *case[1:], out=out) is out
-        torch.testing.assert_close(out.view(40, 7), neuron_tree(*case))
+            assert neuron_tree(case.x.view(4, 10, 9), *case[1:5], out=out) is out
+        torch.testing.assert_close(out.view(40, 7), neuron_tree(*case[:5]))
         out.fill_(torch.nan)
 
 
 def test_out_is_refused_where_it_does_not_fit() -> None:
     case = make(4)
     with pytest.raises(ShapeError, match=r"out of shape \[4, 8\].*\[4, 7\]"):
-        neuron_tree(*case, out=torch.empty(4, 8))
+        neuron_tree(*case[:5], out=torch.empty(4, 8))
     with pytest.raises(ShapeError, match="contiguous"):
-        neuron_tree(*case, out=torch.empty(7, 4).T)
+        neuron_tree(*case[:5], out=torch.empty(7, 4).T)
     with pytest.raises(DtypeError, match="float64"):
-        neuron_tree(*case, out=torch.empty(4, 7, dtype=torch.float64))
+        neuron_tree(*case[:5], out=torch.empty(4, 7, dtype=torch.float64))
     with pytest.raises(DeviceError, match="meta"):
-        neuron_tree(*case, out=torch.empty(4, 7, device="meta"))
+        neuron_tree(*case[:5], out=torch.empty(4, 7, device="meta"))
     case.w_in.requires_grad_()
     with pytest.raises(BackendError, match="gradient"):
-        neuron_tree(*case, out=torch.empty(4, 7))
+        neuron_tree(*case[:5], out=torch.empty(4, 7))
     with torch.no_grad():
-        neuron_tree(*case, out=torch.empty(4, 7))
+        neuron_tree(*case[:5], out=torch.empty(4, 7))
 
 
 @pytest.mark.parametrize(
@@ -111,12 +111,12 @@ def test_gradients_of_the_two_differentiable_paths_are_those_of_the_definition(n
     def loss(*tensors: torch.Tensor) -> torch.Tensor:
         return neuron_tree(*tensors, "gelu").square().sum()
 
-    y = fastffn.ops.neuron_tree(*case)
+    y = fastffn.ops.neuron_tree(*case[:5])
     assert "Eager" in type(y.grad_fn).__name__
     with torch.enable_grad():
         from fastffn.ops.neuron_tree import reference
 
-        expected = torch.autograd.grad(reference.neuron_tree(*case)[0].square().sum(), tensors)
+        expected = torch.autograd.grad(reference.neuron_tree(*case[:5])[0].square().sum(), tensors)
     with fastffn.use_backend(name):
         eager = torch.autograd.grad(loss(*tensors), tensors)
         compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*tensors), tensors)
@@ -135,7 +135,7 @@ def test_compiled_it_is_one_node() -> None:
 
     case = make(20)
     call = torch.compile(neuron_tree, fullgraph=True, backend=keep)
-    torch.testing.assert_close(call(*case), neuron_tree(*case))
+    torch.testing.assert_close(call(*case[:5]), neuron_tree(*case[:5]))
     assert graphs == [["fastffn.neuron_tree.default"]]
 
 
@@ -144,16 +144,16 @@ def test_weights_as_inputs_of_changing_shape_compile() -> None:
     call = torch.compile(neuron_tree, fullgraph=True, backend="aot_eager", dynamic=True)
     for depth in (2, 3, 4):
         case = make(20, depth=depth)
-        torch.testing.assert_close(call(*case), neuron_tree(*case))
+        torch.testing.assert_close(call(*case[:5]), neuron_tree(*case[:5]))
 
 
 def test_autocast() -> None:
     case = make(50)
     case.w_in.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        y = neuron_tree(*case)
+        y = neuron_tree(*case[:5])
     assert y.dtype == torch.bfloat16
-    assert torch.equal(y, neuron_tree(*case.to(torch.bfloat16)))
+    assert torch.equal(y, neuron_tree(*case.to(torch.bfloat16)[:5]))
     y.sum().backward()
     assert case.w_in.grad.dtype == torch.float32
 
@@ -172,13 +172,13 @@ def test_many_threads_at_once() -> None:
     expected = dict.fromkeys(("torch_grouped", "dense", "reference"))
     for name in expected:
         with fastffn.use_backend(name):
-            expected[name] = neuron_tree(*case)
+            expected[name] = neuron_tree(*case[:5])
     wrong = []
 
     def run(name: str) -> None:
         for _ in range(10):
             with fastffn.use_backend(name):
-                if not torch.equal(neuron_tree(*case), expected[name]):
+                if not torch.equal(neuron_tree(*case[:5]), expected[name]):
                     wrong.append(name)
 
     threads = [threading.Thread(target=run, args=(name,)) for name in expected for _ in range(2)]

@@ -31,7 +31,7 @@ def test_a_tree_worked_by_hand() -> None:
 
 def one_token_at_a_time(case: Case) -> torch.Tensor:
     """The definition once more, in scalars."""
-    x, w_in, b_in, w_out, activation = case
+    x, w_in, b_in, w_out, activation, _ = case
     act = get_activation(activation)
     rows = []
     for token in x:
@@ -73,8 +73,9 @@ def test_gradcheck(bias: bool) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "relu2", "quick_gelu"])
-def test_backward_is_what_autograd_makes_of_it(bias: bool, activation: str) -> None:
-    case = make(40, depth=4, trees=3, bias=bias, dtype=torch.float64, activation=activation)
+@pytest.mark.parametrize("through", [False, True])
+def test_backward_is_what_autograd_makes_of_it(bias: bool, activation: str, through: bool) -> None:
+    case = make(40, depth=4, trees=3, bias=bias, dtype=torch.float64, activation=activation, straight_through=through)
     tensors = [t.requires_grad_() for t in case.tensors]
     y, scores, last = reference.neuron_tree(*case)
     gradient = torch.randn_like(y)
@@ -85,6 +86,20 @@ def test_backward_is_what_autograd_makes_of_it(bias: bool, activation: str) -> N
     assert (found[2] is None) is not bias
     for ours, theirs in zip([t for t in found if t is not None], expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_straight_through_is_the_gradient_of_weighted_branches() -> None:
+    # A root and two leaves of one number each, the activation the identity. Weighing the branches,
+    # y = s w + sigmoid(s) r if it goes right, s w + (1 - sigmoid(s)) l if left, w, r and l being what the nodes add.
+    w_in, b_in = torch.tensor([[[1.0], [0.0], [0.0]]]), torch.tensor([[0.0, 5.0, 7.0]])
+    w_out = torch.tensor([[[2.0], [1.0], [1.0]]])
+    x = torch.tensor([[0.3], [-0.4]], requires_grad=True)
+    y = reference.neuron_tree(x, w_in, b_in, w_out, "linear", True)[0]
+    torch.testing.assert_close(y, torch.tensor([[0.6 + 7.0], [-0.8 + 5.0]]))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    p = torch.sigmoid(x.detach())
+    slope = p * (1 - p)
+    torch.testing.assert_close(gradient, 2.0 + slope * torch.tensor([[7.0], [-5.0]]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from fastffn.ops.activations import get_activation, get_activation_backward
+from fastffn.ops.activations import get_activation
 from fastffn.ops.dispatch import Impl, Tensors
 from fastffn.ops.neuron_tree.masked import descend, spread
+from fastffn.ops.neuron_tree.reference import score_gradient
 from fastffn.ops.neuron_tree.request import Request, accumulation_dtype, depth_of, path_to
 from fastffn.ops.neuron_tree.routes import why_not
 
@@ -29,6 +30,7 @@ def forward(
     b_in: torch.Tensor | None,
     w_out: torch.Tensor,
     activation: str,
+    straight_through: bool,
     *,
     keep: bool,
     out: torch.Tensor | None,
@@ -62,6 +64,7 @@ def backward(
     b_in: torch.Tensor | None,
     w_out: torch.Tensor,
     activation: str,
+    straight_through: bool,
     scores: torch.Tensor,
     last: torch.Tensor,
     *,
@@ -79,7 +82,7 @@ def backward(
         at = nodes[:, chunk].transpose(0, 1)
         score = scores[:, chunk].transpose(0, 1)
         d_act = (gradient[chunk] @ w_out_OM).view(-1, trees, neurons).gather(-1, at)
-        d_score = get_activation_backward(activation)(d_act.to(scores.dtype), score)
+        d_score = score_gradient(d_act.to(scores.dtype), score, activation, straight_through)
         d_scores = spread(d_score, at, neurons, x.dtype).flatten(1)
         if d_x is not None:
             torch.mm(d_scores, w_in_MD, out=d_x[chunk])

@@ -16,7 +16,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _fake(
-    x: torch.Tensor, w_in: torch.Tensor, b_in: torch.Tensor | None, w_out: torch.Tensor, activation: str
+    x: torch.Tensor,
+    w_in: torch.Tensor,
+    b_in: torch.Tensor | None,
+    w_out: torch.Tensor,
+    activation: str,
+    straight_through: bool,
 ) -> tuple[torch.Tensor, ...]:
     tokens, (trees, neurons, _) = x.shape[0], w_in.shape
     return (
@@ -27,7 +32,12 @@ def _fake(
 
 
 def _flops(
-    x: tuple[int, ...], w_in: tuple[int, ...], b_in: tuple[int, ...] | None, w_out: tuple[int, ...], activation: str
+    x: tuple[int, ...],
+    w_in: tuple[int, ...],
+    b_in: tuple[int, ...] | None,
+    w_out: tuple[int, ...],
+    activation: str,
+    straight_through: bool,
 ) -> int:
     """Two for each multiply-add of the visited neurons."""
     trees, neurons, d_model = w_in
@@ -37,7 +47,7 @@ def _flops(
 NEURON_TREE = Op(
     "neuron_tree",
     tensors="Tensor x, Tensor w_in, Tensor? b_in, Tensor w_out",
-    options="str activation",
+    options="str activation, bool straight_through",
     saved=2,
     fake=_fake,
     request=request_of,
@@ -54,6 +64,7 @@ def neuron_tree(
     w_out: torch.Tensor,
     activation: str = "gelu",
     *,
+    straight_through: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Evaluate P conditional trees of neurons for every token.
@@ -69,6 +80,8 @@ def neuron_tree(
         b_in: `[P, N]`, or None.
         w_out: `[P, N, O]`.
         activation: a name from transformers' ACT2FN.
+        straight_through: whether decisions get a gradient, as if going right had weighed sigmoid(s) and going left
+            1 - sigmoid(s); see `reference.py`. The output is the same.
         out: `[..., O]`, contiguous, in the dtype and on the device of `x`, its memory shared with no other argument: is
             filled and returned. Only where no gradient is asked.
 
@@ -84,7 +97,7 @@ def neuron_tree(
 
     Cost: `P (depth + 1) (D + O)` multiply-adds a token; the dense layer of the same width costs `P N (D + O)`. What the
         backends add to that is in README.md of this folder.
-    Gradient: through the visited neurons only; the path is a constant. Once: there is no second derivative.
+    Gradient: through the visited neurons only; the path is a constant unless `straight_through`. Once: there is no second derivative.
     Reference: Belcak and Wattenhofer, Exponentially Faster Language Modelling, arXiv 2311.10770, section 2.
     """
     x, w_in, b_in, w_out = autocast(x, w_in, b_in, w_out)  # type: ignore[assignment]
@@ -95,7 +108,7 @@ def neuron_tree(
     if out is not None:
         _check_out(out, shape, x, (x, w_in, b_in, w_out))
         flat_out = out.view(-1, shape[-1])
-    y = NEURON_TREE((x.reshape(-1, x.shape[-1]), w_in, b_in, w_out), (activation,), flat_out)
+    y = NEURON_TREE((x.reshape(-1, x.shape[-1]), w_in, b_in, w_out), (activation, straight_through), flat_out)
     return y.view(shape) if out is None else out
 
 

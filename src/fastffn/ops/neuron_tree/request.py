@@ -33,7 +33,12 @@ class Request(NamedTuple):
 
 
 def request_of(
-    x: torch.Tensor, w_in: torch.Tensor, b_in: torch.Tensor | None, w_out: torch.Tensor, activation: str
+    x: torch.Tensor,
+    w_in: torch.Tensor,
+    b_in: torch.Tensor | None,
+    w_out: torch.Tensor,
+    activation: str,
+    straight_through: bool,
 ) -> Request:
     """The request that these tensors make; x is `[T, D]`."""
     trees, neurons, d_model = w_in.shape

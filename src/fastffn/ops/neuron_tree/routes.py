@@ -53,7 +53,9 @@ def _dense(request: Request) -> float:
 @lru_cache(maxsize=4096)
 def cheapest(request: Request) -> str:
     """The name of the backend whose estimate is lowest; a walk is one of `torch_grouped`'s ways."""
-    if request.depth == 0:
+    if request.depth == 0 or request.device != "cpu":
+        # An accelerator evaluates all neurons of a usual tree in less time than it takes to start the many small
+        # products of a cut one. (Reckoned, not measured: a kernel of its own is what an accelerator needs.)
         return "dense"
     return "torch_grouped" if min(_walk(request), _cut(request)) < _dense(request) else "dense"
 

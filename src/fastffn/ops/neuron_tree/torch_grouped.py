@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import torch
 
-from fastffn.ops.activations import get_activation, get_activation_backward
+from fastffn.ops.activations import get_activation
 from fastffn.ops.dispatch import Impl, Tensors
 from fastffn.ops.neuron_tree import reference
 from fastffn.ops.neuron_tree.masked import descend, spread
+from fastffn.ops.neuron_tree.reference import score_gradient
 from fastffn.ops.neuron_tree.request import Request, accumulation_dtype, depth_of, neurons_of, path_to
 from fastffn.ops.neuron_tree.routes import best_cut, walks, why_not
 
@@ -64,6 +65,7 @@ def forward(
     b_in: torch.Tensor | None,
     w_out: torch.Tensor,
     activation: str,
+    straight_through: bool,
     *,
     keep: bool,
     out: torch.Tensor | None,
@@ -72,7 +74,7 @@ def forward(
     trees, neurons, d_model = w_in.shape
     tokens, levels, d_out = len(x), depth_of(neurons) + 1, w_out.shape[2]
     if walks(tokens, trees, levels, d_model + d_out):
-        return reference.forward(x, w_in, b_in, w_out, activation, keep=keep, out=out)
+        return reference.forward(x, w_in, b_in, w_out, activation, straight_through, keep=keep, out=out)
     wide = accumulation_dtype(x.dtype)
     act = get_activation(activation)
     cut = best_cut(tokens, levels, d_model + d_out)
@@ -122,6 +124,7 @@ def backward(
     b_in: torch.Tensor | None,
     w_out: torch.Tensor,
     activation: str,
+    straight_through: bool,
     scores: torch.Tensor,
     last: torch.Tensor,
     *,
@@ -155,7 +158,7 @@ def backward(
         for rows, nodes in segments:
             torch.mm(g[rows], w_out[tree].index_select(0, nodes).T, out=d_lower[rows])
         d_act = torch.cat([d_upper, d_lower.gather(1, lower_nodes)], 1).to(wide)
-        d_score = get_activation_backward(activation)(d_act, score)
+        d_score = score_gradient(d_act, score, activation, straight_through)
         d_upper = spread(d_score[:, :cut], upper_nodes, upper, x.dtype)
         d_lower = spread(d_score[:, cut:], lower_nodes, subtrees.shape[1], x.dtype)
 
