@@ -97,7 +97,8 @@ def neuron_tree(
 
     Cost: `P (depth + 1) (D + O)` multiply-adds a token; the dense layer of the same width costs `P N (D + O)`. What the
         backends add to that is in README.md of this folder.
-    Gradient: through the visited neurons only; the path is a constant unless `straight_through`. Once: there is no second derivative.
+    Gradient: through the visited neurons only; the path is a constant unless `straight_through`. Once: there is no
+        second derivative.
     Reference: Belcak and Wattenhofer, Exponentially Faster Language Modelling, arXiv 2311.10770, section 2.
     """
     x, w_in, b_in, w_out = autocast(x, w_in, b_in, w_out)  # type: ignore[assignment]
