@@ -8,6 +8,7 @@ import torch
 import fastffn
 from fastffn.measure.memory import peak_bytes
 from fastffn.ops import neuron_tree
+from fastffn.ops.neuron_tree import dense, torch_grouped
 from tests.ops.neuron_tree.cases import make
 
 WIDTH, DEPTH = 32, 13
@@ -31,7 +32,8 @@ def peak(tokens: int, *, backward: bool) -> int:
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_token_needs_memory_for_what_it_visits(backward: bool, monkeypatch) -> None:
     # One cut for both, the middle: 127 neurons above and 127 below, of 16,383.
-    monkeypatch.setattr("fastffn.ops.neuron_tree.torch_grouped.best_cut", lambda *_: 7)
+    monkeypatch.setattr(torch_grouped, "best_cut", lambda *_: 7)
+    monkeypatch.setattr(torch_grouped, "walks", lambda *_: False)
     few, many = peak(2000, backward=backward), peak(6000, backward=backward)
     each = (many - few) / 4000
     evaluated = 2 * 127
@@ -57,7 +59,7 @@ def test_what_is_kept_for_the_backward_pass() -> None:
 
 
 def test_the_dense_route_is_bounded(monkeypatch) -> None:
-    monkeypatch.setattr("fastffn.ops.neuron_tree.dense.CHUNK_ELEMENTS", 64 * 2047)
+    monkeypatch.setattr(dense, "CHUNK_ELEMENTS", 64 * 2047)
     case = make(3000, d_model=WIDTH, d_out=WIDTH, depth=10, trees=1)
     with fastffn.use_backend("dense"):
         peak = peak_bytes(lambda: neuron_tree(*case[:5]), torch.device("cpu"))
