@@ -33,7 +33,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Inside this context every operation runs on the backend called `name`, or raises.
 
     It holds for the thread (or asyncio task) that entered it, and does not stick to what torch.compile compiles:
-    compiled code asks each time it runs.
+    compiled code asks each time it runs, its backward pass too. Put it around the call of a compiled function: inside
+    it breaks the graph.
 
     Args:
         name: of a backend, such as "torch_grouped"; `fastffn info` lists them.
@@ -41,10 +42,6 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         BackendError: when an operation is called that has no such backend, or whose backend cannot run this call.
     """
-    if torch.compiler.is_compiling():
-        raise BackendError(
-            f"use_backend('{name}') is inside code that torch.compile compiles; put it around the call of that code."
-        )
     token = _asked.set(name)
     try:
         yield
