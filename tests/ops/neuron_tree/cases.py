@@ -57,10 +57,11 @@ def exact(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def clear(case: Case) -> torch.Tensor:
-    """`[P, T]`: whether no decision of a token in a tree is within what the dtype can round away.
+    """`[P, T]`: whether no score of a token in a tree is within what the dtype can round to the other side of zero.
 
-    A score is a sum of products that are of order one, and is itself rounded to the dtype.
+    A score is a sum of products that are of order one, and is itself rounded to the dtype. Those of the lowest level
+    decide nothing, but relu has another slope on either side.
     """
     _, scores, _ = exact(case)
     margin = 8 * torch.finfo(case.x.dtype).eps * max(1.0, float(scores.abs().amax()) if scores.numel() else 1.0)
-    return (scores[..., :-1].abs() > margin).all(-1)
+    return (scores.abs() > margin).all(-1)

@@ -25,7 +25,7 @@ everyone = pytest.mark.parametrize("impl", IMPLS, ids=lambda impl: impl.name)
 # Errors let pass beside twice those of the reference, in units of the dtype's precision and of the largest term that
 # is summed. A backend multiplies in the dtype itself: scores and hidden activations are rounded, which the reference
 # does not do; in float32 and float64 sums are in another order.
-FLOOR = {torch.float32: 8, torch.bfloat16: 1, torch.float16: 1, torch.float64: 8}
+FLOOR = {torch.float32: 32, torch.bfloat16: 1, torch.float16: 1, torch.float64: 32}
 
 
 class Terms(NamedTuple):
@@ -163,8 +163,22 @@ def test_bad_values_stay_in_their_token(impl, case: Case, bad: float, where: int
 
 
 @everyone
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_score_of_exactly_zero_goes_left(impl, cut: int, monkeypatch) -> None:
+    monkeypatch.setattr(torch_grouped, "walks", lambda *_: False)
+    monkeypatch.setattr(torch_grouped, "best_cut", lambda *_: cut)
+    case = make(50, depth=3, trees=1)
+    case.w_in.zero_()
+    case.b_in.zero_()
+    assert (impl.forward(*case, keep=True, out=None)[2] == 7).all()
+    case.b_in[0, 0] = 1e-30
+    case.b_in[0, 2] = -1e-30
+    assert (impl.forward(*case, keep=True, out=None)[2] == 11).all()
+
+
+@everyone
 @pytest.mark.parametrize("tokens", [3, 700])
-def test_same_bits_from_run_to_run_and_with_any_number_of_threads(impl, tokens: int) -> None:
+def test_same_bits_from_run_to_run(impl, tokens: int) -> None:
     case = make(tokens, d_model=48, d_out=32, depth=6, trees=2)
     gradient = torch.randn(tokens, 32)
 
