@@ -12,6 +12,7 @@ import yaml
 from click.testing import CliRunner
 
 from fastffn.cli.main import COMMANDS, cli
+from fastffn.ops import OPS
 from fastffn.train.config import PRESETS
 
 TINY = [
@@ -113,7 +114,11 @@ def test_info() -> None:
     result = json.loads(CliRunner().invoke(cli, ["info", "--json"]).output)
     assert set(result["kinds"]) >= {"dense", "low_rank"}
     assert "FASTFFN_DATA_DIR" in result["environment"]
-    assert "low_rank" in CliRunner().invoke(cli, ["info"]).output
+    backends = result["operations"]["neuron_tree"]["backends"]
+    assert list(backends) == [impl.name for impl in OPS["neuron_tree"].impls]
+    assert backends["torch_grouped"] is None and "faster" in backends["dense"]
+    shown = CliRunner().invoke(cli, ["info"]).output
+    assert "low_rank" in shown and "512 tokens through 1x11" in shown
 
 
 @pytest.mark.parametrize("preset", PRESETS)

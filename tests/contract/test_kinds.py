@@ -22,18 +22,27 @@ D, H, O = 20, 36, 12  # noqa: E741
 
 
 # Options of a kind that bring further tensors or shapes, and so must pass the same checks.
-OPTIONS = {"block": [{"blocks": 2, "rank": 3}, {"blocks": 4, "rank": 2, "gated": True, "bias": False, "d_out": O}]}
+OPTIONS = {
+    "block": [{"blocks": 2, "rank": 3}, {"blocks": 4, "rank": 2, "gated": True, "bias": False, "d_out": O}],
+    "neuron_tree": [{"depth": 4, "trees": 1, "d_out": O, "shared": 5}, {"depth": 0, "trees": 7}],
+    # straight_through is not among them: a surrogate gradient fails gradcheck by design.
+}
+
+# Fields of a kind whose defaults are made for real models: small ones, so that all of this takes seconds.
+SMALL = {"neuron_tree": {"depth": 2, "trees": 3}}
 
 
 def config_of(name: str, **changes) -> FFNConfig:
     config = kinds()[name].config
     known = {field.name for field in dataclasses.fields(config)}
-    wanted = {"d_model": D, "d_hidden": H, "activation": "gelu_new"} | changes
+    wanted = {"d_model": D, "d_hidden": H, "activation": "gelu_new"} | SMALL.get(name, {}) | changes
     return config(**{key: value for key, value in wanted.items() if key in known})
 
 
 def variants(name: str) -> list[FFNConfig]:
-    found = [config_of(name), config_of(name, d_out=O), config_of(name, bias=False)]
+    found = [config_of(name), config_of(name, d_out=O)]
+    if hasattr(found[0], "bias"):
+        found += [config_of(name, bias=False)]
     if hasattr(found[0], "gated"):
         found += [config_of(name, gated=True, activation="silu"), config_of(name, gated=True, bias=False, d_out=O)]
     return found + [config_of(name, **options) for options in OPTIONS.get(name, [])]

@@ -5,6 +5,7 @@ from fastffn.nn.block import BlockConfig, BlockFFN
 from fastffn.nn.build import build
 from fastffn.nn.dense import DenseConfig, DenseFFN
 from fastffn.nn.low_rank import LowRankConfig, LowRankFFN
+from fastffn.nn.neuron_tree import NeuronTreeConfig, NeuronTreeFFN
 
 __all__ = [
     "FFN",
@@ -16,5 +17,7 @@ __all__ = [
     "LowRankConfig",
     "LowRankFFN",
     "MergedTensor",
+    "NeuronTreeConfig",
+    "NeuronTreeFFN",
     "build",
 ]

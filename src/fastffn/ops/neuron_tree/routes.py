@@ -1,0 +1,77 @@
+"""Which way through a tree is cheapest: walk, cut in two, or evaluate all. A committed rule, not a measurement at run
+time: the same call takes the same way on every machine and with any number of threads.
+
+The estimates below are nanoseconds of a forward pass in float32, one thread, fitted to the measurements that README.md
+of this folder shows. They need only be right enough to rank.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+from fastffn.ops.neuron_tree.request import Request, neurons_of
+
+# Nanoseconds for: one multiply-add of a large product; moving one number of a token into sorted order and back.
+PRODUCT, MOVE = 0.025, 0.6
+# One level of a walk; one weight that one token gathers there.
+WALK_LEVEL, WALK_WEIGHT = 30_000.0, 0.8
+# One cut tree; one level of the descent in it; one segment with its two products; one weight gathered for a segment.
+TREE, TREE_LEVEL, SEGMENT, SEGMENT_WEIGHT = 80_000.0, 8_000.0, 28_000.0, 0.22
+# One level of the descent beside the dense product; one weight that it reads.
+DENSE_LEVEL, DENSE_WEIGHT = 8_000.0, 0.15
+
+
+def _walk(tokens: int, trees: int, levels: int, width: int) -> float:
+    return levels * (WALK_LEVEL + tokens * trees * width * WALK_WEIGHT)
+
+
+def _cut(tokens: int, levels: int, width: int, cut: int) -> float:
+    """One tree, cut below its `cut` upper levels."""
+    upper, lower, subtrees = neurons_of(cut - 1), neurons_of(levels - cut - 1), 2**cut
+    # As many subtrees as tokens that fall evenly would meet.
+    segments = -subtrees * math.expm1(-tokens / subtrees)
+    return (
+        TREE
+        + levels * TREE_LEVEL
+        + tokens * width * (MOVE + (upper + lower) * PRODUCT)
+        + segments * (SEGMENT + lower * width * SEGMENT_WEIGHT)
+    )
+
+
+def _dense(tokens: int, trees: int, levels: int, width: int) -> float:
+    weights = trees * neurons_of(levels - 1) * width
+    return levels * DENSE_LEVEL + weights * (DENSE_WEIGHT + tokens * PRODUCT)
+
+
+@lru_cache(maxsize=4096)
+def best_cut(tokens: int, levels: int, width: int) -> int:
+    """How many levels to evaluate densely, from 1 to `levels - 1`; `width` is D + O."""
+    return min(range(1, levels), key=lambda cut: _cut(tokens, levels, width, cut))
+
+
+@lru_cache(maxsize=4096)
+def walks(tokens: int, trees: int, levels: int, width: int) -> bool:
+    """Whether so few tokens are better led down their paths, each gathering its own weights."""
+    cut = best_cut(tokens, levels, width)
+    return _walk(tokens, trees, levels, width) < trees * _cut(tokens, levels, width, cut)
+
+
+@lru_cache(maxsize=4096)
+def cheapest(request: Request) -> str:
+    """The name of the backend whose estimate is lowest; a walk is one of `torch_grouped`'s ways."""
+    # An accelerator evaluates all neurons of a usual tree in less time than it takes to start the many small products
+    # of a cut one. (Reckoned, not measured: a kernel of its own is what an accelerator needs.)
+    if request.depth == 0 or request.device != "cpu":
+        return "dense"
+    tokens, trees, levels = request.tokens, request.trees, request.depth + 1
+    width = request.d_model + request.d_out
+    cut = trees * _cut(tokens, levels, width, best_cut(tokens, levels, width))
+    dense = _dense(tokens, trees, levels, width)
+    return "torch_grouped" if min(_walk(tokens, trees, levels, width), cut) < dense else "dense"
+
+
+def why_not(name: str, request: Request) -> str | None:
+    """Why the backend called `name` leaves a request to another one; None if it does not."""
+    best = cheapest(request)
+    return None if best == name else f"leaves it to {best}, which is faster here"
