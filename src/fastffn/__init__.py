@@ -1,8 +1,10 @@
 """FastFFN: cheap feed-forward networks for Transformers, in training and in inference, with honest prices."""
 
+from fastffn import ops
 from fastffn.convert.api import convert, merge
 from fastffn.errors import FastFFNError
 from fastffn.nn import BlockConfig, BlockFFN, DenseConfig, DenseFFN, LowRankConfig, LowRankFFN, build
+from fastffn.ops.dispatch import use_backend
 
 __version__ = "0.1.0"
 
@@ -17,4 +19,6 @@ __all__ = [
     "build",
     "convert",
     "merge",
+    "ops",
+    "use_backend",
 ]

@@ -25,6 +25,18 @@ class ShapeError(FastFFNError, ValueError):
     """A tensor does not have the shape that an operation needs."""
 
 
+class DtypeError(FastFFNError, TypeError):
+    """A tensor has a dtype that an operation does not take, or one that differs from its neighbours'."""
+
+
+class DeviceError(FastFFNError, RuntimeError):
+    """Tensors that an operation needs together are on several devices."""
+
+
+class BackendError(FastFFNError, RuntimeError):
+    """No backend of an operation can run, or the one that was asked for cannot."""
+
+
 class KindError(FastFFNError, ValueError):
     """A kind of FFN is unknown, or cannot do what was asked of it."""
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from fastffn import DenseConfig, DenseFFN
 from fastffn.errors import ConfigError
-from fastffn.nn.activations import ACTIVATIONS, get_activation
+from fastffn.ops.activations import ACTIVATIONS, get_activation
 
 
 def test_formula() -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from fastffn.errors import ConfigError, KindError, ShapeError, did_you_mean
-from fastffn.nn.activations import get_activation
 from fastffn.nn.sharding import is_sharded
+from fastffn.ops.activations import get_activation
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.parallel import ParallelStyle

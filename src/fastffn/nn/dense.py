@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import nn
 
-from fastffn.nn.activations import get_activation
 from fastffn.nn.base import FFN, FFNConfig, MergedTensor
+from fastffn.ops.activations import get_activation
 from fastffn.registry import register_ffn
 
 if TYPE_CHECKING:

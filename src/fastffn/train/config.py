@@ -12,7 +12,7 @@ from fastffn.convert.fresh import GPT2Shape
 from fastffn.data.tokenizer import training_size
 from fastffn.errors import ConfigError, did_you_mean
 from fastffn.nn import DenseConfig, FFNConfig
-from fastffn.nn.activations import get_activation
+from fastffn.ops.activations import get_activation
 from fastffn.registry import get_kind, kinds
 
 if TYPE_CHECKING:
