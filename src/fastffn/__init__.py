@@ -3,7 +3,20 @@
 from fastffn import ops
 from fastffn.convert.api import convert, merge
 from fastffn.errors import FastFFNError
-from fastffn.nn import BlockConfig, BlockFFN, DenseConfig, DenseFFN, LowRankConfig, LowRankFFN, build
+from fastffn.nn import (
+    BlockConfig,
+    BlockFFN,
+    DenseConfig,
+    DenseFFN,
+    LeafTreeConfig,
+    LeafTreeFFN,
+    LowRankConfig,
+    LowRankFFN,
+    MoEConfig,
+    MoEFFN,
+    auxiliary_loss,
+    build,
+)
 from fastffn.ops.dispatch import use_backend
 
 __version__ = "0.1.0"
@@ -14,8 +27,13 @@ __all__ = [
     "DenseConfig",
     "DenseFFN",
     "FastFFNError",
+    "LeafTreeConfig",
+    "LeafTreeFFN",
     "LowRankConfig",
     "LowRankFFN",
+    "MoEConfig",
+    "MoEFFN",
+    "auxiliary_loss",
     "build",
     "convert",
     "merge",

@@ -1,10 +1,13 @@
 """FFN kinds, one file each. Importing a file registers its kind."""
 
+from fastffn.nn.auxiliary import auxiliary_loss
 from fastffn.nn.base import FFN, FFNConfig, MergedTensor
 from fastffn.nn.block import BlockConfig, BlockFFN
 from fastffn.nn.build import build
 from fastffn.nn.dense import DenseConfig, DenseFFN
+from fastffn.nn.leaf_tree import LeafTreeConfig, LeafTreeFFN
 from fastffn.nn.low_rank import LowRankConfig, LowRankFFN
+from fastffn.nn.moe import MoEConfig, MoEFFN
 
 __all__ = [
     "FFN",
@@ -13,8 +16,13 @@ __all__ = [
     "DenseConfig",
     "DenseFFN",
     "FFNConfig",
+    "LeafTreeConfig",
+    "LeafTreeFFN",
     "LowRankConfig",
     "LowRankFFN",
     "MergedTensor",
+    "MoEConfig",
+    "MoEFFN",
+    "auxiliary_loss",
     "build",
 ]
