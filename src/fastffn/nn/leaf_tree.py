@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -50,7 +51,7 @@ class LeafTreeConfig(FFNConfig):
     Args:
         depth: levels of decisions; 2^depth leaves. 0 is a single leaf, a dense FFN. At most 30.
         leaf_width: W, hidden neurons of a leaf. None means 4 D / 2^depth: all leaves together as wide as a usual FFN.
-        shared_width: width of a dense FFN that every token passes as well; 0 for none. With `leaf_width` here it is
+        shared: width of a dense FFN that every token passes as well; 0 for none. With `leaf_width` here it is
             the master leaf of arXiv 2405.16836 (whose trainable mixing factor is absorbed by the weights).
         decisions: how they are taken in training. `soft`: all leaves, mixed (the published way). `hard`: one leaf; the
             nodes learn nothing from the task. `straight_through`: one leaf; the nodes get an estimated gradient.
@@ -64,7 +65,7 @@ class LeafTreeConfig(FFNConfig):
 
     depth: int = 4
     leaf_width: int | None = None
-    shared_width: int = 0
+    shared: int = 0
     decisions: str = "soft"
     region_leak: float = 0.0
     leaf_dropout: float = 0.0
@@ -81,8 +82,8 @@ class LeafTreeConfig(FFNConfig):
             raise ConfigError(f"depth is {self.depth!r}; it must be a whole number from 0 to {MAX_DEPTH}.")
         if self.leaf_width is not None and (not isinstance(self.leaf_width, int) or self.leaf_width < 1):
             raise ConfigError(f"leaf_width is {self.leaf_width!r}; it must be a whole number of at least 1.")
-        if not isinstance(self.shared_width, int) or self.shared_width < 0:
-            raise ConfigError(f"shared_width is {self.shared_width!r}; it must be a whole number, 0 for no shared part.")
+        if not isinstance(self.shared, int) or self.shared < 0:
+            raise ConfigError(f"shared is {self.shared!r}; it must be a whole number, 0 for no shared part.")
         if self.decisions not in DECISIONS:
             raise ConfigError(f"decisions is '{self.decisions}'; it must be one of {', '.join(DECISIONS)}.")
         if not 0.0 <= self.region_leak <= 1.0:
@@ -91,8 +92,8 @@ class LeafTreeConfig(FFNConfig):
             raise ConfigError(f"leaf_dropout is {self.leaf_dropout}; it must be at least 0 and below 1.")
         if self.leaf_dropout and self.decisions != "soft":
             raise ConfigError(
-                f"leaf_dropout is {self.leaf_dropout} and decisions '{self.decisions}'; leaves drop activations in soft "
-                "training only. Use dropout, which drops elements of the output, or decisions='soft'."
+                f"leaf_dropout is {self.leaf_dropout} and decisions '{self.decisions}'; leaves drop activations in "
+                "soft training only. Use dropout, which drops elements of the output, or decisions='soft'."
             )
         for name in ("hardening_weight", "balance_weight"):
             value = getattr(self, name)
@@ -113,9 +114,7 @@ class LeafTreeConfig(FFNConfig):
 
     def shared_config(self) -> DenseConfig:
         """Configuration of the part that every token passes."""
-        return DenseConfig(
-            d_model=self.d_model, d_out=self.d_out, d_hidden=self.shared_width, activation=self.activation
-        )
+        return DenseConfig(d_model=self.d_model, d_out=self.d_out, d_hidden=self.shared, activation=self.activation)
 
 
 class Path(NamedTuple):
@@ -167,7 +166,7 @@ class LeafTreeFFN(AuxiliaryLoss, FFN[LeafTreeConfig]):
         self.leaf_up_bias = nn.Parameter(torch.empty(L, W))
         self.leaf_down_weight = nn.Parameter(torch.empty(L, O, W))
         self.leaf_down_bias = nn.Parameter(torch.empty(L, O))
-        self.shared = DenseFFN(config.shared_config()) if config.shared_width else None
+        self.shared = DenseFFN(config.shared_config()) if config.shared else None
         self.register_buffer("leaf_usage", torch.zeros(L, dtype=torch.int64), persistent=False)
         self.reset_parameters()
 
@@ -260,6 +259,21 @@ class LeafTreeFFN(AuxiliaryLoss, FFN[LeafTreeConfig]):
     def reset_usage(self) -> None:
         """Counts from zero again."""
         self.leaf_usage.zero_()
+
+    @classmethod
+    def from_fastfeedforward(
+        cls, state: Mapping[str, torch.Tensor], *, activation: str = "relu", **fields: Any
+    ) -> LeafTreeFFN:
+        """A module with the weights of the published package's `FFF`; see `load_published`."""
+        from fastffn.nn.published_leaf_tree import load_published
+
+        return load_published(state, activation=activation, **fields)
+
+    def to_fastfeedforward(self, *, usage: bool = False) -> dict[str, torch.Tensor]:
+        """The state dict of the published package's `FFF` that computes the same; see `export_published`."""
+        from fastffn.nn.published_leaf_tree import export_published
+
+        return export_published(self, usage=usage)
 
     def _soft(self, x: torch.Tensor) -> torch.Tensor:
         x, weight, bias = _given(*autocast(x, self.node_weight, self.node_bias))

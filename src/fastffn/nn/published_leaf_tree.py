@@ -54,7 +54,8 @@ def load_published(state: Mapping[str, torch.Tensor], *, activation: str = "relu
     if kind == "neuron_tree":
         raise CheckpointError(
             f"This state dict ({_names(state)}) is of UltraFastBERT's class FFF, a tree of neurons: load it into the "
-            "kind 'neuron_tree'. The class FFF of fastfeedforward, a tree of leaves, has node_weights and w1s [L, D, W]."
+            "kind 'neuron_tree' (NeuronTreeFFN.from_ultrafastbert). fastfeedforward's FFF, a tree of leaves, has "
+            "node_weights and w1s [L, D, W]."
         )
     missing = [name for name in WEIGHTS if name not in state]
     if kind is None or missing:
@@ -84,7 +85,9 @@ def load_published(state: Mapping[str, torch.Tensor], *, activation: str = "relu
         "b2s": [leaves, d_out],
     }
     if shapes != wanted:
-        raise CheckpointError(f"The tensors of this state dict do not fit together: {shapes}; by w1s and w2s, {wanted}.")
+        raise CheckpointError(
+            f"The tensors of this state dict do not fit together: {shapes}; by w1s and w2s, {wanted}."
+        )
     depth = leaves.bit_length() - 1
     if "depth" in state and int(state["depth"]) != depth:
         raise CheckpointError(f"depth is {int(state['depth'])}, but w1s has {leaves} leaves, those of depth {depth}.")
@@ -120,7 +123,7 @@ def export_published(ffn: LeafTreeFFN, *, usage: bool = False) -> dict[str, torc
     """
     if ffn.shared is not None:
         raise CheckpointError(
-            f"This tree has a shared part of width {ffn.config.shared_width}; fastfeedforward's FFF has none."
+            f"This tree has a shared part of width {ffn.config.shared}; fastfeedforward's FFF has none."
         )
     state = {
         "depth": torch.tensor(ffn.config.depth),
@@ -135,7 +138,7 @@ def export_published(ffn: LeafTreeFFN, *, usage: bool = False) -> dict[str, torc
         levels = [ffn.leaf_usage]
         for _ in range(ffn.config.depth):
             levels.insert(0, levels[0].view(-1, 2).sum(1))
-        state["node_usage"] = torch.cat([level[:0] for level in levels[-1:]] + levels[:-1]).float()
+        state["node_usage"] = torch.cat([ffn.leaf_usage[:0], *levels[:-1]]).float()
         state["leaf_usage"] = ffn.leaf_usage.float()
     return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
 

@@ -175,7 +175,11 @@ def _check(tensors: tuple[torch.Tensor | None, ...], out: torch.Tensor | None) -
     if index.is_floating_point() or index.dtype in (torch.bool, torch.complex64, torch.complex128):
         raise DtypeError(f"index is {index.dtype}; it must hold whole numbers, such as torch.int64.")
     autocast_on = torch.is_autocast_enabled(x.device.type) if torch.amp.is_autocast_available(x.device.type) else False
-    for name, tensor in (("up_weight", up_weight), ("down_weight", down_weight), *((n, t) for n, (t, _) in wanted.items())):
+    for name, tensor in (
+        ("up_weight", up_weight),
+        ("down_weight", down_weight),
+        *((n, t) for n, (t, _) in wanted.items()),
+    ):
         if tensor is None:
             continue
         if tensor.device != x.device:

@@ -1,7 +1,7 @@
 """The definition of `grouped_mlp`, in plain torch and any dtype, one MLP after the other. It is the specification.
 
-    a = act(x W_up[e] + b_up[e])                                  gated: a = act(x W_gate[e] + b_gate[e]) * (x W_up[e] + b_up[e])
-    y = a W_down[e] + b_down[e],                                  e = index[n] for token n (weights transposed: [out, in])
+    e = index[n] for token n;    a = act(x W_up[e] + b_up[e]);    y = a W_down[e] + b_down[e]
+    gated: a = act(x W_gate[e] + b_gate[e]) * (x W_up[e] + b_up[e])           (weights are transposed: [out, in])
 
 A token whose index is no MLP's gets zeros, and gives no gradient. Nothing of a token reaches another one.
 

@@ -1,4 +1,6 @@
-"""The definition of `leaf_mixture`, in plain torch and any dtype; autograd gives the gradients. It is the specification.
+"""The definition of `leaf_mixture`, in plain torch and any dtype; autograd gives the gradients.
+
+It is the specification.
 
 Node j has the children 2j + 1 (left) and 2j + 2 (right); below the last nodes hang the leaves, from left to right.
 `sigmoid(score)` is the weight of going right. The weight m_l of leaf l is the product along its path.

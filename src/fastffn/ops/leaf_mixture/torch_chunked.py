@@ -1,4 +1,4 @@
-"""`leaf_mixture` from plain torch operators, without a tensor of `[T, L, O]` and with little more memory than a dense FFN.
+"""`leaf_mixture` from plain torch operators, without a tensor of `[T, L, O]`, in the memory of a dense FFN.
 
 Each leaf's hidden activations are scaled by the weight m_l of the leaf; then one product with the weights of all leaves
 
