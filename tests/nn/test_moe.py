@@ -143,7 +143,7 @@ def test_bad_fields(fields, words) -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(DtypeError, match="MoEFFN got an input of torch.int64"):
+    with pytest.raises(DtypeError, match=r"MoEFFN got an input of torch.int64"):
         moe()(torch.ones(3, 6, dtype=torch.int64))
     with pytest.raises(ShapeError, match="d_model=6"):
         moe()(torch.ones(3, 5))

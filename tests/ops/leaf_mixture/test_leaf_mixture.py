@@ -80,9 +80,10 @@ def test_is_the_definition(T, depth, D, W, O, kept, small_chunks, dtype, seed) -
         reference=True,
     )
     for name in exact:
-        # The floor: the weights of the leaves are rounded to the dtype once, and so are scaled activations.
+        # The floor: the weights of the leaves are rounded to the dtype once, and so are scaled activations; sums over
+        # the tokens are made in another order.
         if exact[name].numel():
-            gate(name, ours[name], same[name], exact[name], floor=8 * torch.finfo(dtype).eps)
+            gate(name, ours[name], same[name], exact[name], floor=16 * torch.finfo(dtype).eps)
         assert ours[name].dtype == dtype and ours[name].shape == exact[name].shape
 
 

@@ -20,7 +20,7 @@ from fastffn.ops.dispatch import Impl, Tensors
 
 # Chunks: an eighth of the tokens, but no fewer than make this many hidden values (they would only cost calls).
 CHUNKS = 8
-CHUNK_VALUES = 2**18
+CHUNK_VALUES = 2**15
 
 
 def _chunks(tokens: int, values: int) -> Iterator[slice]:
