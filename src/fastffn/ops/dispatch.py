@@ -222,15 +222,16 @@ class Op:
             ctx.save_for_backward(*inputs[:number], *output[1:])
 
         def differentiate(ctx: Any, gradient: torch.Tensor, *of_saved: Any) -> tuple[torch.Tensor | None, ...]:
-            tensors, saved = ctx.saved_tensors[:number], ctx.saved_tensors[number:]
+            kept = ctx.saved_tensors  # asked once: gradient checkpointing computes them when asked
+            tensors, saved = kept[:number], kept[number:]
             # Where a tensor is None there is no gradient to shape.
             needs = [
                 bool(need) and tensor is not None
                 for need, tensor in zip(ctx.needs_input_grad[:number], tensors, strict=True)
             ]
             gradients = reverse(gradient, *tensors, *ctx.options, *saved, needs)
-            kept = tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
-            return kept + (None,) * len(ctx.options)
+            asked = tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
+            return asked + (None,) * len(ctx.options)
 
         operator.register_autograd(differentiate, setup_context=setup)
         # The packets that torch itself keeps: FLOP counting and tracing meet these.
@@ -252,7 +253,8 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-        tensors, saved = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
+        kept = ctx.saved_tensors  # asked once: gradient checkpointing computes them when asked
+        tensors, saved = kept[: ctx.inputs], kept[ctx.inputs :]
         needs = tuple(ctx.needs_input_grad[3:])
         gradients = _plainly(
             tensors[0], ctx.impl.backward, gradient.contiguous(), *tensors, *ctx.options, *saved, needs=needs
