@@ -265,7 +265,7 @@ def test_soft_balance_loss() -> None:
     with torch.no_grad():
         ffn.node_weight.zero_(), ffn.node_bias.fill_(30.0)
     ffn(x)
-    assert float(auxiliary_loss(ffn)) == pytest.approx(0.5 * 4)  # all in one leaf
+    assert auxiliary_loss(ffn).item() == pytest.approx(0.5 * 4)  # all in one leaf
 
 
 def test_hard_losses_are_those_of_the_visited_nodes() -> None:

@@ -138,8 +138,9 @@ def test_gradcheck(impl, gated) -> None:
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("T", [6, 0])
-def test_opcheck(gated, T) -> None:
-    index, tensors = drawn(T, 3, 4, 8, 5, gated=gated, dtype=torch.float32)
+@pytest.mark.parametrize("d_out", [5, 12])
+def test_opcheck(gated, T, d_out) -> None:
+    index, tensors = drawn(T, 3, 4, 8, d_out, gated=gated, dtype=torch.float32)
     for t in tensors.values():
         if t is not None:
             t.requires_grad_()

@@ -62,7 +62,7 @@ class Segments:
     def product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """`left[segment].T @ right[segment]` of `[T, m]` and `[T, n]` for each segment: `[E, m, n]`."""
         if self.in_one_call:
-            return F.grouped_mm(left.T, right, offs=self.ends)
+            return F.grouped_mm(left.T, right, offs=self.ends).contiguous()
         result = left.new_zeros(len(self.ends), left.shape[1], right.shape[1])
         for e, part in self.parts:
             torch.mm(left[part].T, right[part], out=result[e])
@@ -73,7 +73,7 @@ class Segments:
         if self.in_one_call:
             # As wide as the alignment asks; the columns are all the same.
             ones = rows.new_ones(self.tokens, 16 // rows.element_size())
-            return F.grouped_mm(rows.T, ones, offs=self.ends)[:, :, 0]
+            return F.grouped_mm(rows.T, ones, offs=self.ends)[:, :, 0].contiguous()
         result = rows.new_zeros(len(self.ends), rows.shape[1])
         for e, part in self.parts:
             torch.sum(rows[part], 0, out=result[e])
