@@ -11,7 +11,7 @@ def test_zero_for_models_that_ask_for_nothing() -> None:
     for model in (nn.Sequential(), DenseFFN(DenseConfig(d_model=4)), LeafTreeFFN(LeafTreeConfig(d_model=4))):
         model(torch.randn(2, 4))
         loss = auxiliary_loss(model)
-        assert loss.shape == () and float(loss) == 0
+        assert loss.shape == () and loss.item() == 0
         (torch.ones((), requires_grad=True) + loss).backward()
 
 
@@ -21,7 +21,7 @@ def test_sum_over_the_modules_of_a_model() -> None:
     model = nn.Sequential(tree, nn.Sequential(experts), nn.Linear(4, 4))
     model(torch.randn(9, 4))
     torch.testing.assert_close(auxiliary_loss(model), auxiliary_loss(tree) + auxiliary_loss(experts))
-    assert float(auxiliary_loss(tree)) > 0 and float(auxiliary_loss(experts)) > 0
+    assert auxiliary_loss(tree).item() > 0 and auxiliary_loss(experts).item() > 0
     assert torch.equal(auxiliary_loss(model), auxiliary_loss(model))  # collecting does not use it up
 
 
@@ -38,6 +38,6 @@ def test_the_last_pass_counts(make) -> None:
     ffn(torch.randn(9, 4))
     first = auxiliary_loss(ffn)
     ffn(torch.randn(9, 4))
-    assert float(auxiliary_loss(ffn)) not in (0.0, float(first))
+    assert auxiliary_loss(ffn).item() not in (0.0, first.item())
     ffn.eval()(torch.randn(9, 4))
-    assert float(auxiliary_loss(ffn)) == 0
+    assert auxiliary_loss(ffn).item() == 0

@@ -382,7 +382,7 @@ def test_no_tokens(decisions, shape) -> None:
     y = ffn(torch.randn(shape))
     (y.sum() + auxiliary_loss(ffn)).backward()
     assert y.shape == shape
-    assert float(auxiliary_loss(ffn)) == 0
+    assert auxiliary_loss(ffn).item() == 0
     assert ffn.eval()(torch.randn(shape)).shape == shape
 
 
@@ -466,9 +466,9 @@ def test_default_widths() -> None:
 def test_copies_and_files_keep_no_graph(tmp_path) -> None:
     ffn = tree(hardening_weight=1.0)
     ffn(torch.randn(3, 6))
-    assert float(auxiliary_loss(ffn)) > 0
-    assert float(auxiliary_loss(copy.deepcopy(ffn))) == 0
+    assert auxiliary_loss(ffn).item() > 0
+    assert auxiliary_loss(copy.deepcopy(ffn)).item() == 0
     torch.save(ffn, tmp_path / "ffn.pt")
     loaded = torch.load(tmp_path / "ffn.pt", weights_only=False)
-    assert float(auxiliary_loss(loaded)) == 0
+    assert auxiliary_loss(loaded).item() == 0
     assert torch.equal(loaded.node_weight, ffn.node_weight)
