@@ -32,12 +32,12 @@ def drawn(T, depth, D, W, O, *, dtype=torch.float64, seed=0):  # noqa: E741
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
-def with_gradients(tensors, probe, kept=None, *, reference=False):
+def with_gradients(tensors, probe, kept=None, *, reference=False, activation="gelu"):
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
     if reference:
-        y = definition(leaves["x"], leaves["scores"], kept, *(leaves[name] for name in NAMES[2:]), "gelu")
+        y = definition(leaves["x"], leaves["scores"], kept, *(leaves[name] for name in NAMES[2:]), activation)
     else:
-        y = leaf_mixture(*(leaves[name] for name in NAMES), kept=kept, activation="gelu")
+        y = leaf_mixture(*(leaves[name] for name in NAMES), kept=kept, activation=activation)
     gradients = torch.autograd.grad(y, list(leaves.values()), probe, allow_unused=True)
     filled = (torch.zeros_like(t) if g is None else g for t, g in zip(leaves.values(), gradients, strict=True))
     return {"y": y.detach()} | dict(zip(leaves, filled, strict=True))
@@ -79,11 +79,20 @@ def test_is_the_definition(T, depth, D, W, O, kept, small_chunks, dtype, seed) -
         None if mask is None else mask.double(),
         reference=True,
     )
+    # The largest that what is summed up in each result can be: where it cancels, errors are measured by this.
+    sizes = {name: t.double().abs() if name != "scores" else t.double() for name, t in tensors.items()}
+    mask = None if mask is None else mask.double()
+    terms = with_gradients(sizes, probe.double().abs(), mask, reference=True, activation="linear")
+    # A score's gradient is a difference of weighted leaves: no larger than the largest leaf.
+    leaves = 2**depth * terms["y"].abs().sum(1) * probe.double().abs().sum(1)
+    terms["scores"] = leaves.amax(0, keepdim=True) if T else leaves
     for name in exact:
-        # The floor: the weights of the leaves are rounded to the dtype once, and so are scaled activations; sums over
-        # the tokens are made in another order.
         if exact[name].numel():
-            gate(name, ours[name], same[name], exact[name], floor=16 * torch.finfo(dtype).eps)
+            largest = max(exact[name].abs().max().item(), torch.finfo(torch.float64).tiny)
+            cancelled = max(1.0, terms[name].abs().max().item() / largest)
+            # The floor: the weights of the leaves are rounded to the dtype once, and so are scaled activations; sums
+            # over the tokens are made in another order.
+            gate(name, ours[name], same[name], exact[name], floor=4 * torch.finfo(dtype).eps * cancelled)
         assert ours[name].dtype == dtype and ours[name].shape == exact[name].shape
 
 
