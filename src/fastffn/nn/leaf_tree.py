@@ -42,6 +42,8 @@ MAX_DEPTH = 30
 # On the way down the scores of this many levels come from one product with all their nodes, in shapes that matrix
 # units like; below, each token fetches its own node.
 DENSE_LEVELS = 5
+# Tokens that fetch their nodes together.
+PIECE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,22 +211,30 @@ class LeafTreeFFN(AuxiliaryLoss, FFN[LeafTreeConfig]):
         """The entropy of each decision, averaged over the tokens: `[..., D]` to `[2^depth - 1]`, with gradients."""
         return binary_entropy(self.node_scores(x).reshape(-1, self.config.leaves - 1)).mean(0)
 
-    @torch.no_grad()
-    def path(self, x: torch.Tensor, *, leak: float = 0.0) -> Path:
-        """The hard decisions of tokens `[T, D]`, each turned round with the probability `leak`."""
+    def path(self, x: torch.Tensor) -> Path:
+        """The hard decisions of tokens `[T, D]`, without a region leak."""
         x, weight, bias = _given(*autocast(x, self.node_weight, self.node_bias))
+        return self._descend(x, weight, bias, self._top_scores(x, weight, bias))
+
+    def _top_scores(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """The scores of all nodes of the first levels: `[T, D]` to `[T, 2^levels - 1]`."""
+        nodes = 2 ** min(self.config.depth, DENSE_LEVELS) - 1
+        return F.linear(x, weight[:nodes], bias[:nodes])
+
+    @torch.no_grad()
+    def _descend(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, top: torch.Tensor, leak: float = 0.0
+    ) -> Path:
         depth = self.config.depth
-        top = min(depth, DENSE_LEVELS)
-        scores = F.linear(x, weight[: 2**top - 1], bias[: 2**top - 1])
         turned = torch.rand(x.shape[0], depth, device=x.device) < leak if leak else None
         node = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         nodes = []
         for level in range(depth):
             nodes.append(node)
-            if level < top:
-                score = scores.gather(1, node.unsqueeze(1)).squeeze(1)
+            if level < DENSE_LEVELS:
+                score = top.gather(1, node.unsqueeze(1)).squeeze(1)
             else:
-                score = (x * weight[node]).sum(1) + bias[node]
+                score = _scores_of(x, node, weight, bias)
             # What is not a number goes left.
             right = score >= 0
             if turned is not None:
@@ -300,14 +310,18 @@ class LeafTreeFFN(AuxiliaryLoss, FFN[LeafTreeConfig]):
         )
 
     def _hard(self, x: torch.Tensor) -> torch.Tensor:
-        path = self.path(x, leak=self.config.region_leak)
+        config = self.config
+        x, weight, bias = _given(*autocast(x, self.node_weight, self.node_bias))
+        top = self._top_scores(x, weight, bias)
+        path = self._descend(x, weight, bias, top, config.region_leak)
         self._count(path.leaf)
         y = self._one_leaf(x, path)
-        straight = self.config.decisions == "straight_through"
-        if not (straight or self.config.hardening_weight or self.config.balance_weight) or not self.config.depth:
+        straight = config.decisions == "straight_through"
+        if not (straight or config.hardening_weight or config.balance_weight) or not config.depth:
             return y
-        x, weight, bias = _given(*autocast(x, self.node_weight, self.node_bias))
-        scores = _PathScores.apply(x, path.nodes, weight, bias)
+        scores = top.gather(1, path.nodes[:, :DENSE_LEVELS])
+        if config.depth > DENSE_LEVELS:
+            scores = torch.cat((scores, _PathScores.apply(x, path.nodes[:, DENSE_LEVELS:], weight, bias)), 1)
         if path.turned is not None:
             scores = torch.where(path.turned, -scores, scores)
         self.ask(self._hard_loss(scores, path))
@@ -372,7 +386,7 @@ class LeafTreeFFN(AuxiliaryLoss, FFN[LeafTreeConfig]):
 
 
 class _PathScores(torch.autograd.Function):
-    """The scores of the nodes that each token visited: `[T, depth]`, the way of a token being given.
+    """The scores of given nodes of each token: `[T, k]`.
 
     Keeps no copy of the nodes' weights for each token. The gradient of the weights is summed like that of an
     embedding, in a fixed order.
@@ -383,8 +397,7 @@ class _PathScores(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, nodes: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(x, nodes, weight)
-        scores = [(x * weight[node]).sum(1) + bias[node] for node in nodes.unbind(1)]
-        return torch.stack(scores, 1)
+        return torch.stack([_scores_of(x, node, weight, bias) for node in nodes.unbind(1)], 1)
 
     @staticmethod
     @once_differentiable
@@ -396,6 +409,15 @@ class _PathScores(torch.autograd.Function):
             of_weight += _sum_by_node(own.unsqueeze(1) * x, node, len(weight))
         of_bias = _sum_by_node(gradient.reshape(-1, 1), nodes.flatten(), len(weight)).squeeze(1)
         return of_x, None, of_weight, of_bias
+
+
+def _scores_of(x: torch.Tensor, node: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The score of each token's own node: `[T, D]`, `[T]` to `[T]`."""
+    if torch.compiler.is_compiling() or x.is_meta:
+        return (x * weight[node]).sum(1) + bias[node]
+    # In pieces that stay in the cache.
+    pieces = zip(x.split(PIECE), node.split(PIECE), strict=True)
+    return torch.cat([(rows * weight[own]).sum(1) for rows, own in pieces]) + bias[node]
 
 
 def _sum_by_node(rows: torch.Tensor, node: torch.Tensor, nodes: int) -> torch.Tensor:

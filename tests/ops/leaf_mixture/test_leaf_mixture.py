@@ -71,6 +71,7 @@ def test_is_the_definition(T, depth, D, W, O, kept, small_chunks, dtype, seed) -
     with pytest.MonkeyPatch.context() as patch:
         if small_chunks:
             patch.setattr(torch_chunked, "CHUNK_VALUES", 1)
+            patch.setattr(torch_chunked, "CHUNK_ROWS", 1)
         ours = with_gradients(tensors, probe, mask)
     same = with_gradients(tensors, probe, mask, reference=True)
     exact = with_gradients(
@@ -98,6 +99,7 @@ def test_is_the_definition(T, depth, D, W, O, kept, small_chunks, dtype, seed) -
 
 def test_gradcheck_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_chunked, "CHUNK_VALUES", 1)
+    monkeypatch.setattr(torch_chunked, "CHUNK_ROWS", 1)
     tensors = drawn(9, 2, 3, 2, 2)
     values = [tensors[name].requires_grad_() for name in NAMES]
     assert len(list(torch_chunked._chunks(9, 8))) > 3

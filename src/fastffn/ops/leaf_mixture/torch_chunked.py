@@ -18,48 +18,55 @@ import torch
 from fastffn.ops.activations import get_activation, get_activation_backward
 from fastffn.ops.dispatch import Impl, Tensors
 
-# Chunks: an eighth of the tokens, but no fewer than make this many hidden values (they would only cost calls).
+# Chunks: an eighth of the tokens, but no fewer than CHUNK_ROWS, for products that are worth adding to the weights'
+# gradients, and no fewer than make CHUNK_VALUES hidden values: they would only cost calls.
 CHUNKS = 8
+CHUNK_ROWS = 256
 CHUNK_VALUES = 2**15
 
 
 def _chunks(tokens: int, values: int) -> Iterator[slice]:
-    rows = max(1, -(-tokens // CHUNKS), CHUNK_VALUES // values)
+    rows = max(1, -(-tokens // CHUNKS), CHUNK_ROWS, CHUNK_VALUES // values)
     return (slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows))
 
 
 class Mixture:
     """The weights of the leaves for some tokens, in float32 at least.
 
+    Nodes and leaves come first inside, `[2^level, tokens]`: each level is contiguous, and so are its two sides.
+
+    Args:
+        scores: `[T, N]` of all nodes.
+
     Attributes:
-        leaves: `[T, L]`, the weights.
+        leaves: `[T, L]`, the weights, contiguous.
     """
 
     def __init__(self, scores: torch.Tensor) -> None:
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        scores = scores.T.to(wide, memory_format=torch.contiguous_format)
         self.right, self.left = torch.sigmoid(scores), torch.sigmoid(-scores)
         # The weights that arrive at the nodes of each level, and at last at the leaves.
-        self.levels = [scores.new_ones(scores.shape[0], 1)]
+        self.levels = [scores.new_ones(1, scores.shape[1])]
         for level in self._slices():
             weights = self.levels[-1]
-            pair = torch.stack((weights * self.left[:, level], weights * self.right[:, level]), -1)
-            self.levels.append(pair.flatten(1))
-        self.leaves = self.levels[-1]
+            self.levels.append(torch.stack((weights * self.left[level], weights * self.right[level]), 1).flatten(0, 1))
+        self.leaves = self.levels[-1].T.contiguous()
 
     def _slices(self) -> list[slice]:
-        depth = (self.right.shape[1] + 1).bit_length() - 1
+        depth = (self.right.shape[0] + 1).bit_length() - 1
         return [slice(2**level - 1, 2 ** (level + 1) - 1) for level in range(depth)]
 
     def gradient(self, of_leaves: torch.Tensor) -> torch.Tensor:
         """The gradient of the scores `[T, N]` from that of the weights of the leaves `[T, L]`."""
         result = torch.empty_like(self.right)
-        above = of_leaves
+        above = of_leaves.T.contiguous()
         for number, level in reversed(list(enumerate(self._slices()))):
-            of_left, of_right = above.unflatten(1, (-1, 2)).unbind(-1)
-            left, right = self.left[:, level], self.right[:, level]
-            result[:, level] = self.levels[number] * left * right * (of_right - of_left)
+            of_left, of_right = above.unflatten(0, (-1, 2)).unbind(1)
+            left, right = self.left[level], self.right[level]
+            result[level] = self.levels[number] * left * right * (of_right - of_left)
             above = of_left * left + of_right * right
-        return result
+        return result.T
 
 
 def _forward(
@@ -116,9 +123,9 @@ def _backward(
     wide = torch.promote_types(x.dtype, torch.float32)
     of_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
     of_scores = torch.empty_like(scores, memory_format=torch.contiguous_format) if need_scores else None
-    of_up = torch.zeros_like(up, dtype=wide) if need_up else None
+    of_up = torch.zeros(up.shape, dtype=wide, device=x.device) if need_up else None
     of_up_bias = x.new_zeros(leaves * width, dtype=wide) if need_up_bias else None
-    of_down = torch.zeros_like(down, dtype=wide) if need_down else None
+    of_down = torch.zeros(down.shape, dtype=wide, device=x.device) if need_down else None
     of_down_bias = torch.zeros_like(down_bias, dtype=wide) if need_down_bias else None
     for rows in _chunks(x.shape[0], leaves * width):
         of_y = gradient[rows]
@@ -130,7 +137,7 @@ def _backward(
         # Gradient of the scaled activations.
         of_scaled = (of_y @ down.T).unflatten(1, (leaves, width))
         if of_scores is not None:
-            of_weights = (of_scaled * active).sum(2, dtype=wide) + of_y @ down_bias.T
+            of_weights = _sum_of_leaf(of_scaled * active, wide) + of_y @ down_bias.T
             of_scores[rows] = mixture.gradient(of_weights)
         del mixture
         if of_down is not None:
@@ -149,6 +156,7 @@ def _backward(
             of_up_bias += of_hidden.sum(0, dtype=wide)
         if of_x is not None:
             torch.mm(of_hidden, up, out=of_x[rows])
+    del down
     return (
         of_x,
         of_scores,
@@ -158,6 +166,11 @@ def _backward(
         None if of_down is None else _as_weight(of_down.to(x.dtype), leaves),
         None if of_down_bias is None else of_down_bias.to(x.dtype),
     )
+
+
+def _sum_of_leaf(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`[T, L, W]` summed over W."""
+    return values.squeeze(2).to(dtype) if values.shape[2] == 1 else values.sum(2, dtype=dtype)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
