@@ -33,6 +33,10 @@ class DeviceError(FastFFNError, RuntimeError):
     """Tensors that an operation needs together are on several devices."""
 
 
+class IndexRangeError(FastFFNError, IndexError):
+    """A number that chooses among several things names none of them."""
+
+
 class BackendError(FastFFNError, RuntimeError):
     """No backend of an operation can run, or the one that was asked for cannot."""
 

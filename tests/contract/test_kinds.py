@@ -48,6 +48,11 @@ def variants(name: str) -> list[FFNConfig]:
     return found + [config_of(name, **options) for options in OPTIONS.get(name, [])]
 
 
+OPTIONS |= {
+    "leaf_tree": [{"depth": 2, "leaf_width": 5, "shared": 6, "d_out": O}],
+    "moe": [{"experts": 3, "active": 1}, {"experts": 5, "active": 3, "gated": True, "bias": False, "d_out": O}],
+}
+
 CASES = [pytest.param(config, id=f"{name}-{i}") for name in NAMES for i, config in enumerate(variants(name))]
 
 

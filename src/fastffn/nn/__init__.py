@@ -1,10 +1,13 @@
 """FFN kinds, one file each. Importing a file registers its kind."""
 
+from fastffn.nn.auxiliary import auxiliary_loss
 from fastffn.nn.base import FFN, FFNConfig, MergedTensor
 from fastffn.nn.block import BlockConfig, BlockFFN
 from fastffn.nn.build import build
 from fastffn.nn.dense import DenseConfig, DenseFFN
+from fastffn.nn.leaf_tree import LeafTreeConfig, LeafTreeFFN
 from fastffn.nn.low_rank import LowRankConfig, LowRankFFN
+from fastffn.nn.moe import MoEConfig, MoEFFN
 from fastffn.nn.neuron_tree import NeuronTreeConfig, NeuronTreeFFN
 
 __all__ = [
@@ -14,10 +17,15 @@ __all__ = [
     "DenseConfig",
     "DenseFFN",
     "FFNConfig",
+    "LeafTreeConfig",
+    "LeafTreeFFN",
     "LowRankConfig",
     "LowRankFFN",
     "MergedTensor",
+    "MoEConfig",
+    "MoEFFN",
     "NeuronTreeConfig",
     "NeuronTreeFFN",
+    "auxiliary_loss",
     "build",
 ]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from fastffn.errors import ConfigError, KindError, ShapeError, did_you_mean
+from fastffn.errors import ConfigError, DtypeError, KindError, ShapeError, did_you_mean
 from fastffn.nn.sharding import is_sharded
 from fastffn.ops.activations import get_activation
 
@@ -193,7 +193,11 @@ class FFN(nn.Module, Generic[C]):
         )
 
     def check_input(self, x: torch.Tensor) -> None:
-        """Raises ShapeError unless the last axis of `x` is d_model."""
+        """Raises ShapeError unless the last axis of `x` is d_model, DtypeError unless `x` is floating-point."""
+        if not x.is_floating_point():
+            raise DtypeError(
+                f"{type(self).__name__} got an input of {x.dtype}; it must be floating-point: x.float() makes it so."
+            )
         if x.shape[-1] != self.config.d_model:
             raise ShapeError(
                 f"{type(self).__name__} got an input of shape {list(x.shape)}; its last axis must be "

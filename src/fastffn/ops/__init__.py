@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from fastffn.ops.dispatch import Op
+from fastffn.ops.grouped_mlp.op import OP as GROUPED_MLP
+from fastffn.ops.grouped_mlp.op import grouped_mlp
+from fastffn.ops.leaf_mixture.op import OP as LEAF_MIXTURE
+from fastffn.ops.leaf_mixture.op import leaf_mixture
 from fastffn.ops.neuron_tree import NEURON_TREE, neuron_tree
 
-__all__ = ["OPS", "neuron_tree"]
+__all__ = ["OPS", "grouped_mlp", "leaf_mixture", "neuron_tree"]
 
-OPS: dict[str, Op] = {op.name: op for op in (NEURON_TREE,)}
+OPS: dict[str, Op] = {op.name: op for op in (NEURON_TREE, GROUPED_MLP, LEAF_MIXTURE)}

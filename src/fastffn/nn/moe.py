@@ -1,0 +1,183 @@
+"""The `moe` kind: a mixture of experts, each token through its k best. What the trees are compared with.
+
+    s = router(x) (+ noise in training),   the k largest of s,   y = sum over them of softmax(s)_e expert_e(x)
+
+Dropless: each expert takes as many tokens as choose it. With k = 1 a softmax over the chosen would be 1 and give the
+router no gradient; the weight is then the expert's softmax over all of them (Switch Transformer, arXiv 2101.03961).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastffn.errors import ConfigError
+from fastffn.nn.auxiliary import AuxiliaryLoss, recomputing
+from fastffn.nn.base import FFN, FFNConfig
+from fastffn.ops import grouped_mlp
+from fastffn.registry import register_ffn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig(FFNConfig):
+    """Configuration of the `moe` kind; see `FFNConfig` for the shared fields.
+
+    Args:
+        bias: whether the experts have biases; the router has none.
+        gated: whether a third map `gate` multiplies the hidden activations, as in Llama.
+        experts: E, their number.
+        expert_width: W, hidden neurons of an expert. None means 4 D / active: a token meets as many as in a usual FFN.
+        active: k, experts that each token passes.
+        noise: whether scores get a trained amount of normal noise in training (arXiv 1701.06538).
+        balance_weight: weight of E times the sum over the experts of share of tokens times mean probability: 1 where
+            they spread evenly (Switch Transformer, arXiv 2101.03961).
+    """
+
+    bias: bool = True
+    gated: bool = False
+    experts: int = 8
+    expert_width: int | None = None
+    active: int = 2
+    noise: bool = False
+    balance_weight: float = 0.01
+
+    def __post_init__(self) -> None:
+        """See `FFNConfig.__post_init__`."""
+        super().__post_init__()
+        for name in ("experts", "expert_width", "active"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        if self.active > self.experts:
+            raise ConfigError(f"active is {self.active}, but there are only {self.experts} experts.")
+        if not 0.0 <= self.balance_weight < math.inf:
+            raise ConfigError(f"balance_weight is {self.balance_weight}; it must be a number of at least 0.")
+
+    def resolved(self) -> Self:
+        """See `FFNConfig.resolved`."""
+        config = super().resolved()
+        assert config.d_model is not None
+        width = config.expert_width or max(1, 4 * config.d_model // config.active)
+        return dataclasses.replace(config, expert_width=width)
+
+
+@register_ffn("moe", MoEConfig)
+class MoEFFN(AuxiliaryLoss, FFN[MoEConfig]):
+    """Mixture of experts: a router sends each token through the k best of E MLPs.
+
+    Shapes:
+        x: `[..., D]`; returns `[..., O]` in the dtype of the parameters.
+        router.weight: `[E, D]`; optionally noise.weight: `[E, D]`.
+        expert_up_weight, gated also expert_gate_weight: `[E, W, D]`; expert_up_bias, expert_gate_bias: `[E, W]`.
+        expert_down_weight: `[E, O, W]`; expert_down_bias: `[E, O]`.
+        expert_usage (no part of the state dict): `[E]`, tokens that each expert got in training.
+    Start values: experts like `torch.nn.Linear`; the router a tenth of that: at first all experts are nearly equal.
+
+    Raises:
+        ShapeError: the last axis of `x` is not D.
+        DtypeError: `x` is not floating-point.
+    Cost: `E D + k W (D + O)` multiply-adds a token, gated `E D + k W (2 D + O)`.
+    Reference: Shazeer et al., Outrageously Large Neural Networks, arXiv 1701.06538.
+    """
+
+    expert_usage: torch.Tensor
+    expert_up_bias: nn.Parameter | None
+    expert_down_bias: nn.Parameter | None
+    expert_gate_weight: nn.Parameter | None
+    expert_gate_bias: nn.Parameter | None
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__(config)
+        config = self.config
+        assert config.d_model and config.d_out and config.expert_width
+        D, O, W, E = config.d_model, config.d_out, config.expert_width, config.experts  # noqa: E741
+        self.router = nn.Linear(D, E, bias=False)
+        self.noise = nn.Linear(D, E, bias=False) if config.noise else None
+
+        def parameter(*shape: int, given: bool = True) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(*shape)) if given else None
+
+        self.expert_up_weight = nn.Parameter(torch.empty(E, W, D))
+        self.expert_up_bias = parameter(E, W, given=config.bias)
+        self.expert_down_weight = nn.Parameter(torch.empty(E, O, W))
+        self.expert_down_bias = parameter(E, O, given=config.bias)
+        self.expert_gate_weight = parameter(E, W, D, given=config.gated)
+        self.expert_gate_bias = parameter(E, W, given=config.gated and config.bias)
+        self.register_buffer("expert_usage", torch.zeros(E, dtype=torch.int64), persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws start values."""
+        assert self.config.d_model and self.config.expert_width
+        for linear in (self.router, self.noise):
+            if linear is not None:
+                linear.reset_parameters()
+                linear.weight.mul_(0.1)
+        into, out_of = self.config.d_model**-0.5, self.config.expert_width**-0.5
+        for name, value in self.named_parameters():
+            if name.startswith("expert_"):
+                bound = out_of if name.startswith("expert_down") else into
+                value.uniform_(-bound, bound)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., D] -> [..., O]`."""
+        self.check_input(x)
+        config, rows = self.config, x.reshape(-1, x.shape[-1])
+        scores: torch.Tensor = self.router(rows)
+        if self.noise is not None and self.training:
+            scores = scores + torch.randn_like(scores) * F.softplus(self.noise(rows))
+        # In float32 at least: the weights of two bfloat16 scores would not sum to 1.
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        best, chosen = scores.topk(config.active, dim=1)
+        if config.active > 1:
+            weights = best.softmax(1)
+        else:
+            weights = scores.softmax(1).gather(1, chosen)
+        self.ask(self._balance_loss(scores, chosen))
+        self._count(chosen)
+        y = grouped_mlp(
+            rows if config.active == 1 else rows.repeat_interleave(config.active, 0),
+            chosen.flatten(),
+            self.expert_up_weight,
+            self.expert_up_bias,
+            self.expert_down_weight,
+            self.expert_down_bias,
+            self.expert_gate_weight,
+            self.expert_gate_bias,
+            activation=config.activation,
+        )
+        y = (y.unflatten(0, (-1, config.active)) * weights.to(y.dtype).unsqueeze(2)).sum(1)
+        dropped: torch.Tensor = self.dropout(y)
+        return dropped.view(*x.shape[:-1], dropped.shape[-1])
+
+    def _balance_loss(self, scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor | None:
+        config = self.config
+        if not (self.training and config.balance_weight):
+            return None
+        share = _counts(chosen, config.experts).to(scores.dtype) / max(chosen.numel(), 1)
+        probability = scores.softmax(1).sum(0) / max(scores.shape[0], 1)
+        return config.balance_weight * config.experts * (share * probability).sum()
+
+    def _count(self, chosen: torch.Tensor) -> None:
+        if not self.training or recomputing():
+            return
+        if self.expert_usage.is_meta and not chosen.is_meta:
+            # The module was made without memory, and its weights were assigned.
+            self.expert_usage = torch.zeros_like(self.expert_usage, device=chosen.device)
+        self.expert_usage += _counts(chosen, self.config.experts)
+
+
+def _counts(chosen: torch.Tensor, experts: int) -> torch.Tensor:
+    """How often each expert was chosen: whole numbers, so that their order is no matter."""
+    chosen = chosen.flatten()
+    return chosen.new_zeros(experts).index_add(0, chosen, torch.ones_like(chosen))
