@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from fastffn.errors import ConfigError, FastFFNError
+from fastffn.registry import kinds
 from fastffn.train.config import PRESETS, PretrainConfig, ffn_option_types, get_preset, mergeable_kinds
 from fastffn.train.rundir import dump_config
 
@@ -35,7 +36,10 @@ def test_gpt2_small() -> None:
 
 def test_options_come_from_the_registry() -> None:
     assert mergeable_kinds() == ["block", "low_rank"]
-    assert set(ffn_option_types()) == {"blocks", "rank", "start", "rescale"}
+    options = ffn_option_types()
+    assert set(options) == {name for kind in kinds().values() for name in kind.config.own_fields()}
+    assert options["rank"] == (int, "block, low_rank")
+    assert options["leaf_width"] == (int, "leaf_tree")
     config = PretrainConfig.from_flat({"rank": 7, "start": "normal"})
     assert config.ffn_options == {"rank": 7, "start": "normal"}
     assert config.to_flat()["rank"] == 7

@@ -33,7 +33,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from fastffn.convert.io import REMEDY_TENSOR
 from fastffn.convert.match import family_ffns, family_of, fastffn_modules
 from fastffn.errors import TrainingDivergedError
-from fastffn.nn import FFN
+from fastffn.nn import FFN, auxiliary_loss
 from fastffn.train import checkpoints
 from fastffn.train.plan import Stage
 
@@ -204,6 +204,23 @@ class StageTrainer(Trainer):
             base = scheduler.lr_lambdas[SWITCHED]
             scheduler.lr_lambdas[SWITCHED] = partial(rewarmed, base, self.stage.begin, self.stage.rewarm_steps)
         return scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """See `Trainer.compute_loss`; what the kinds ask for beside the task's loss is added in training."""
+        found: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = found
+        if model.training:
+            extra = auxiliary_loss(cast(nn.Module, self.model))
+            # The task's loss is a share of that of the whole step, where the number of its tokens is known.
+            parts = self.args.gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + extra / parts
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
