@@ -20,8 +20,6 @@ from tests.contract.test_kinds import NAMES, D, O, config_of, variants
 from tests.parallel.processes import on_two_processes
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
-# After an optimizer's step parameters agree to this: Adam divides by the root of gradients that may be tiny.
-DRIFTED = {"rtol": 1e-6, "atol": 1e-8}
 RANK = 5
 PLANNED = ("dense", "low_rank")
 
@@ -54,32 +52,33 @@ def is_the_same(mesh: DeviceMesh, config: FFNConfig) -> None:
     # Of each matrix between d_model and d_hidden, each process has a half.
     assert sum(p.to_local().numel() for p in split.parameters()) < sum(p.numel() for p in alone.parameters())
     optimizers = [torch.optim.AdamW(ffn.parameters(), lr=1e-2, foreach=True) for ffn in (alone, split)]
-    for number in range(3):
-        tolerance = DRIFTED if number else TOLERANCE
+    for _ in range(3):
         x = torch.randn(2, 6, D, dtype=torch.float64)
         inputs = [x.clone().requires_grad_() for _ in range(2)]
         forward, backward = AllReduces(), AllReduces()
         y = alone(inputs[0])
         with forward:
             split_y = split(inputs[1])
-        torch.testing.assert_close(split_y, y, **tolerance)
+        torch.testing.assert_close(split_y, y, **TOLERANCE)
         y.square().mean().backward()
         with backward:
             split_y.square().mean().backward()
-        torch.testing.assert_close(inputs[1].grad, inputs[0].grad, **tolerance)
+        torch.testing.assert_close(inputs[1].grad, inputs[0].grad, **TOLERANCE)
         for (name, one), other in zip(alone.named_parameters(), split.named_parameters(), strict=True):
-            torch.testing.assert_close(other[1].grad.full_tensor(), one.grad, **tolerance, msg=name)
+            torch.testing.assert_close(other[1].grad.full_tensor(), one.grad, **TOLERANCE, msg=name)
         # What the docstrings say is sent: a thin product instead of a whole output.
         thin = kind_of(config).name == "low_rank"
         assert forward.widths == [RANK if thin else config.resolved().d_out], forward.widths
         assert backward.widths == [RANK if thin else D] * (2 if config.gated else 1), backward.widths
+        # Too large a limit to cut anything: torch 2.9 sums the norm of DTensors in fewer digits.
+        norms = [torch.nn.utils.clip_grad_norm_(ffn.parameters(), 1e9) for ffn in (alone, split)]
+        torch.testing.assert_close(norms[1].full_tensor(), norms[0], rtol=1e-5, atol=0)
         for ffn, optimizer in zip((alone, split), optimizers, strict=True):
-            torch.nn.utils.clip_grad_norm_(ffn.parameters(), 0.1)
             ffn.decay_product_(0.01)
             optimizer.step()
             optimizer.zero_grad()
     for (name, one), other in zip(alone.named_parameters(), split.parameters(), strict=True):
-        torch.testing.assert_close(other.full_tensor(), one, **DRIFTED, msg=name)
+        torch.testing.assert_close(other.full_tensor(), one, rtol=1e-6, atol=1e-8, msg=name)
 
 
 def cases() -> list[FFNConfig]:

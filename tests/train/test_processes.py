@@ -61,7 +61,7 @@ def test_two_processes_do_what_one_does(text_file, tmp_path) -> None:
     together = launch(TORCHRUN, config, tmp_path / "together", tmp_path)
     out, err = together.communicate(timeout=300)
     assert together.returncode == 0, err
-    results = json.loads(out)
+    results = json.loads(out.splitlines()[-1])  # gloo writes there too, in some versions
     assert results == json.loads((tmp_path / "together" / "results.json").read_text())
     assert results["processes"] == 2
     # Said once, not by each process.
@@ -91,7 +91,7 @@ def test_two_processes_do_what_one_does(text_file, tmp_path) -> None:
     resumed = launch(ACCELERATE, config, tmp_path / "killed", tmp_path)
     out, err = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, err
-    assert json.loads(out)["processes"] == 2
+    assert json.loads(out.splitlines()[-1])["processes"] == 2
     assert "stage1: going on from checkpoint-" in err
     for name, tensors in expected.items():
         found = load_file(tmp_path / "killed" / name / "model.safetensors")
