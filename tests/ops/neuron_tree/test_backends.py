@@ -94,6 +94,7 @@ def agrees(impl, case: Case) -> None:
 
     whole = sure.all(0)
     assert y.dtype == case.x.dtype and y.shape == exact_y.shape
+    assert scores.dtype == same_scores.dtype and scores.shape == exact_scores.shape
     if not whole.any():
         return
     # A token whose path is not sure gets no gradient, and so gives none.
