@@ -29,7 +29,10 @@ FLOOR = {torch.float32: 32, torch.bfloat16: 1, torch.float16: 1, torch.float64: 
 
 
 class Terms(NamedTuple):
-    """The largest that what is summed up in each result can be: where it cancels, errors are measured by this."""
+    """The largest that what is summed up in each result can be: where it cancels, errors are measured by this.
+
+    Over T tokens, each term rounded, errors add up like a random walk: to sqrt(T) of one.
+    """
 
     y: float
     scores: float
@@ -44,13 +47,14 @@ class Terms(NamedTuple):
         act = float(scores.abs().amax())  # of all activations drawn, none is larger than its argument
         d_act = float((gradient.double().abs() @ w_out.flatten(0, 1).T).amax())
         d_score = 1.2 * d_act * (1 + scores.shape[-1] * act * case.straight_through)
+        walk = math.sqrt(len(gradient))
         return cls(
             y=act * float(w_out.amax()),
             scores=float((x @ w_in.flatten(0, 1).T).amax()) + float(b_in.amax()),
             x=d_score * float(w_in.amax()),
-            w_in=d_score * float(x.amax()),
-            b_in=d_score,
-            w_out=act * float(gradient.abs().amax()),
+            w_in=walk * d_score * float(x.amax()),
+            b_in=walk * d_score,
+            w_out=walk * act * float(gradient.abs().amax()),
         )
 
 
@@ -90,6 +94,7 @@ def agrees(impl, case: Case) -> None:
 
     whole = sure.all(0)
     assert y.dtype == case.x.dtype and y.shape == exact_y.shape
+    assert scores.dtype == same_scores.dtype and scores.shape == exact_scores.shape
     if not whole.any():
         return
     # A token whose path is not sure gets no gradient, and so gives none.

@@ -52,10 +52,8 @@ def neurons_of(depth: int) -> int:
 
 def depth_of(neurons: int) -> int:
     """The depth of the smallest full tree with at least that many nodes."""
-    depth = 0
-    while neurons_of(depth) < neurons:
-        depth += 1
-    return depth
+    # While tracing the number may be a symbol: the tree's shape is then taken as fixed.
+    return max(int(neurons).bit_length() - 1, 0)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
