@@ -13,6 +13,7 @@ from torch import nn
 
 from fastffn.errors import ConfigError
 from fastffn.nn.leaf_tree import LeafTreeFFN
+from fastffn.nn.usage import counts_of
 
 LEAF_TENSORS = ("leaf_up_weight", "leaf_up_bias", "leaf_down_weight", "leaf_down_bias")
 
@@ -44,7 +45,7 @@ class LeafUpdates:
         self._trees = [module for module in model.modules() if isinstance(module, LeafTreeFFN)]
         if not self._trees:
             raise ConfigError(f"{type(model).__name__} holds no leaf tree, whose leaves could wait for samples.")
-        self._counted = [tree.leaf_usage.clone() for tree in self._trees]
+        self._counted = [counts_of(tree, "leaf_usage").clone() for tree in self._trees]
         self._waiting_gradients: dict[nn.Parameter, torch.Tensor] = {}
         # Of each parameter: the leaves that wait, their values, and those of the optimizer's state, before a step.
         self._before: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]] = []
