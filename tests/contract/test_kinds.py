@@ -49,7 +49,7 @@ def variants(name: str) -> list[FFNConfig]:
 
 
 OPTIONS |= {
-    "leaf_tree": [{"depth": 2, "leaf_width": 5, "shared": 6, "d_out": O}],
+    "leaf_tree": [{"depth": 3, "leaf_width": 5, "shared": 6, "d_out": O}],
     "moe": [{"experts": 3, "active": 1}, {"experts": 5, "active": 3, "gated": True, "bias": False, "d_out": O}],
 }
 

@@ -398,9 +398,12 @@ def test_deterministic(decisions) -> None:
     assert all(torch.equal(one, other) for run in runs[1:] for one, other in zip(run, runs[0], strict=True))
 
 
-@pytest.mark.parametrize(("depth", "leaf_width"), [(4, 8), (2, 64), (7, 1), (6, 2)])
-def test_soft_training_needs_little_more_memory_than_dense(depth, leaf_width) -> None:
-    T, D = 2000, 32
+@pytest.mark.parametrize(
+    ("depth", "leaf_width", "D", "T"),
+    # In the last one the weights and their gradients are larger than the activations.
+    [(4, 8, 32, 2000), (2, 64, 32, 2000), (7, 1, 32, 2000), (6, 2, 32, 2000), (8, 8, 768, 512)],
+)
+def test_soft_training_needs_little_more_memory_than_dense(depth, leaf_width, D, T) -> None:
     ffn = tree(d_model=D, depth=depth, leaf_width=leaf_width)
     dense = DenseFFN(DenseConfig(d_model=D, d_hidden=2**depth * leaf_width))
     x = torch.randn(T, D)

@@ -119,11 +119,12 @@ def test_what_is_no_number_stays_in_its_token() -> None:
 
 def test_memory_does_not_grow_with_the_experts() -> None:
     peaks = []
-    for experts in (4, 64):
+    for experts in (64, 256):
         ffn = moe(d_model=32, experts=experts, expert_width=16).eval()
         x = torch.randn(2000, 32)
         with torch.no_grad():
-            peaks.append(peak_bytes(lambda f=ffn, x=x: f(x), torch.device("cpu")) - 3 * 4 * 2000 * experts)
+            # What does grow are the scores.
+            peaks.append(peak_bytes(lambda f=ffn, x=x: f(x), torch.device("cpu")) - 4 * 2000 * experts)
     assert peaks[1] < 1.1 * peaks[0]
 
 

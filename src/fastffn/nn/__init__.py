@@ -6,6 +6,7 @@ from fastffn.nn.block import BlockConfig, BlockFFN
 from fastffn.nn.build import build
 from fastffn.nn.dense import DenseConfig, DenseFFN
 from fastffn.nn.leaf_tree import LeafTreeConfig, LeafTreeFFN
+from fastffn.nn.leaf_updates import LeafUpdates
 from fastffn.nn.low_rank import LowRankConfig, LowRankFFN
 from fastffn.nn.moe import MoEConfig, MoEFFN
 from fastffn.nn.neuron_tree import NeuronTreeConfig, NeuronTreeFFN
@@ -19,6 +20,7 @@ __all__ = [
     "FFNConfig",
     "LeafTreeConfig",
     "LeafTreeFFN",
+    "LeafUpdates",
     "LowRankConfig",
     "LowRankFFN",
     "MergedTensor",

@@ -25,9 +25,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fastffn.errors import ConfigError
-from fastffn.nn.auxiliary import AuxiliaryLoss, recomputing
+from fastffn.nn.auxiliary import AuxiliaryLoss
 from fastffn.nn.base import FFN, FFNConfig
 from fastffn.nn.dense import DenseConfig, DenseFFN
+from fastffn.nn.usage import add_counts, counts_of, occurrences, register_counts
 from fastffn.ops import grouped_mlp, leaf_mixture
 from fastffn.ops.dispatch import autocast
 from fastffn.ops.leaf_mixture.reference import path_weights
@@ -169,7 +170,7 @@ class LeafTreeFFN(AuxiliaryLoss, FFN[LeafTreeConfig]):
         self.leaf_down_weight = nn.Parameter(torch.empty(L, O, W))
         self.leaf_down_bias = nn.Parameter(torch.empty(L, O))
         self.shared = DenseFFN(config.shared_config()) if config.shared else None
-        self.register_buffer("leaf_usage", torch.zeros(L, dtype=torch.int64), persistent=False)
+        register_counts(self, "leaf_usage", L)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -248,14 +249,13 @@ class LeafTreeFFN(AuxiliaryLoss, FFN[LeafTreeConfig]):
 
         All of them where nothing has been counted yet.
         """
-        if self.leaf_usage.is_meta:
-            return list(range(self.config.leaves))
-        limit = share * float(self.leaf_usage.sum()) / self.config.leaves
-        return [leaf for leaf, count in enumerate(self.leaf_usage.tolist()) if count <= limit]
+        counts = counts_of(self, "leaf_usage").tolist()
+        limit = share * sum(counts) / self.config.leaves
+        return [leaf for leaf, count in enumerate(counts) if count <= limit]
 
     def usage_report(self) -> str:
         """How the tokens of training spread over the leaves, in one line."""
-        counts = [0] * self.config.leaves if self.leaf_usage.is_meta else self.leaf_usage.tolist()
+        counts = counts_of(self, "leaf_usage").tolist()
         tokens = sum(counts)
         if not tokens:
             return f"{self.config.leaves} leaves, no tokens counted yet"
@@ -268,7 +268,7 @@ class LeafTreeFFN(AuxiliaryLoss, FFN[LeafTreeConfig]):
 
     def reset_usage(self) -> None:
         """Counts from zero again."""
-        self.leaf_usage.zero_()
+        counts_of(self, "leaf_usage").zero_()
 
     @classmethod
     def from_fastfeedforward(
@@ -292,7 +292,7 @@ class LeafTreeFFN(AuxiliaryLoss, FFN[LeafTreeConfig]):
             # 1 - sigmoid(s) is sigmoid(-s): a decision is turned round by its score's sign.
             scores = torch.where(torch.rand_like(scores) < self.config.region_leak, -scores, scores)
         leaf = _walk(scores.detach(), self.config.depth)
-        self._count(leaf)
+        add_counts(self, "leaf_usage", leaf)
         self.ask(self._soft_loss(scores, leaf))
         kept = None
         if self.config.leaf_dropout:
@@ -314,7 +314,7 @@ class LeafTreeFFN(AuxiliaryLoss, FFN[LeafTreeConfig]):
         x, weight, bias = _given(*autocast(x, self.node_weight, self.node_bias))
         top = self._top_scores(x, weight, bias)
         path = self._descend(x, weight, bias, top, config.region_leak)
-        self._count(path.leaf)
+        add_counts(self, "leaf_usage", path.leaf)
         y = self._one_leaf(x, path)
         straight = config.decisions == "straight_through"
         if not (straight or config.hardening_weight or config.balance_weight) or not config.depth:
@@ -352,7 +352,7 @@ class LeafTreeFFN(AuxiliaryLoss, FFN[LeafTreeConfig]):
         if config.hardening_weight:
             loss = loss + config.hardening_weight * binary_entropy(scores).sum() / (tokens * scores.shape[1])
         if config.balance_weight:
-            share = _counts(leaf, config.leaves).to(scores.dtype) / tokens
+            share = occurrences(leaf, config.leaves).to(scores.dtype) / tokens
             weight = path_weights(scores).sum(0) / tokens
             loss = loss + config.balance_weight * config.leaves * (share * weight).sum()
         return loss
@@ -370,19 +370,11 @@ class LeafTreeFFN(AuxiliaryLoss, FFN[LeafTreeConfig]):
             # Of all visits of the same node, the share that went right, and the weight c of going there.
             went_right = scores.detach() >= 0
             nodes = path.nodes.flatten()
-            rights = _counts(nodes, config.leaves - 1, went_right.flatten())
-            share = (rights / _counts(nodes, config.leaves - 1).clamp_min(1))[path.nodes].to(scores.dtype)
+            rights = occurrences(nodes, config.leaves - 1, went_right.flatten())
+            share = (rights / occurrences(nodes, config.leaves - 1).clamp_min(1))[path.nodes].to(scores.dtype)
             right = torch.sigmoid(scores)
             loss = loss + config.balance_weight * 2 * (share * right + (1 - share) * (1 - right)).sum() / visits
         return loss
-
-    def _count(self, leaf: torch.Tensor) -> None:
-        if recomputing():
-            return
-        if self.leaf_usage.is_meta and not leaf.is_meta:
-            # The module was made without memory, and its weights were assigned.
-            self.leaf_usage = torch.zeros_like(self.leaf_usage, device=leaf.device)
-        self.leaf_usage += _counts(leaf, self.config.leaves)
 
 
 class _PathScores(torch.autograd.Function):
@@ -436,12 +428,6 @@ def _walk(scores: torch.Tensor, depth: int) -> torch.Tensor:
     for _ in range(depth):
         node = 2 * node + 1 + (scores.gather(1, node.unsqueeze(1)).squeeze(1) >= 0)
     return node - scores.shape[1]
-
-
-def _counts(numbers: torch.Tensor, size: int, of: torch.Tensor | None = None) -> torch.Tensor:
-    """How often each number below `size` occurs (where `of` holds): whole numbers, so that their order is no matter."""
-    ones = torch.ones_like(numbers) if of is None else of.to(numbers.dtype)
-    return numbers.new_zeros(size).index_add(0, numbers, ones)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

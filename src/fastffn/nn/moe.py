@@ -18,8 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastffn.errors import ConfigError
-from fastffn.nn.auxiliary import AuxiliaryLoss, recomputing
+from fastffn.nn.auxiliary import AuxiliaryLoss
 from fastffn.nn.base import FFN, FFNConfig
+from fastffn.nn.usage import add_counts, occurrences, register_counts
 from fastffn.ops import grouped_mlp
 from fastffn.registry import register_ffn
 
@@ -112,7 +113,7 @@ class MoEFFN(AuxiliaryLoss, FFN[MoEConfig]):
         self.expert_down_bias = parameter(E, O, given=config.bias)
         self.expert_gate_weight = parameter(E, W, D, given=config.gated)
         self.expert_gate_bias = parameter(E, W, given=config.gated and config.bias)
-        self.register_buffer("expert_usage", torch.zeros(E, dtype=torch.int64), persistent=False)
+        register_counts(self, "expert_usage", E)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -144,7 +145,8 @@ class MoEFFN(AuxiliaryLoss, FFN[MoEConfig]):
         else:
             weights = scores.softmax(1).gather(1, chosen)
         self.ask(self._balance_loss(scores, chosen))
-        self._count(chosen)
+        if self.training:
+            add_counts(self, "expert_usage", chosen)
         y = grouped_mlp(
             rows if config.active == 1 else rows.repeat_interleave(config.active, 0),
             chosen.flatten(),
@@ -164,20 +166,6 @@ class MoEFFN(AuxiliaryLoss, FFN[MoEConfig]):
         config = self.config
         if not (self.training and config.balance_weight):
             return None
-        share = _counts(chosen, config.experts).to(scores.dtype) / max(chosen.numel(), 1)
+        share = occurrences(chosen, config.experts).to(scores.dtype) / max(chosen.numel(), 1)
         probability = scores.softmax(1).sum(0) / max(scores.shape[0], 1)
         return config.balance_weight * config.experts * (share * probability).sum()
-
-    def _count(self, chosen: torch.Tensor) -> None:
-        if not self.training or recomputing():
-            return
-        if self.expert_usage.is_meta and not chosen.is_meta:
-            # The module was made without memory, and its weights were assigned.
-            self.expert_usage = torch.zeros_like(self.expert_usage, device=chosen.device)
-        self.expert_usage += _counts(chosen, self.config.experts)
-
-
-def _counts(chosen: torch.Tensor, experts: int) -> torch.Tensor:
-    """How often each expert was chosen: whole numbers, so that their order is no matter."""
-    chosen = chosen.flatten()
-    return chosen.new_zeros(experts).index_add(0, chosen, torch.ones_like(chosen))

@@ -17,6 +17,7 @@ import torch
 
 from fastffn.errors import CheckpointError
 from fastffn.nn.leaf_tree import LeafTreeConfig, LeafTreeFFN
+from fastffn.nn.usage import counts_of
 
 WEIGHTS = ("node_weights", "node_biases", "w1s", "b1s", "w2s", "b2s")
 OTHERS = ("depth", "node_usage", "leaf_usage")
@@ -135,11 +136,12 @@ def export_published(ffn: LeafTreeFFN, *, usage: bool = False) -> dict[str, torc
         "b2s": ffn.leaf_down_bias,
     }
     if usage:
-        levels = [ffn.leaf_usage]
+        usage_of_leaves = counts_of(ffn, "leaf_usage")
+        levels = [usage_of_leaves]
         for _ in range(ffn.config.depth):
             levels.insert(0, levels[0].view(-1, 2).sum(1))
-        state["node_usage"] = torch.cat([ffn.leaf_usage[:0], *levels[:-1]]).float()
-        state["leaf_usage"] = ffn.leaf_usage.float()
+        state["node_usage"] = torch.cat([usage_of_leaves[:0], *levels[:-1]]).float()
+        state["leaf_usage"] = usage_of_leaves.float()
     return {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
 
 

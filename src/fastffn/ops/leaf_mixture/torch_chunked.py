@@ -21,7 +21,7 @@ from fastffn.ops.dispatch import Impl, Tensors
 # Chunks: an eighth of the tokens, but no fewer than CHUNK_ROWS, for products that are worth adding to the weights'
 # gradients, and no fewer than make CHUNK_VALUES hidden values: they would only cost calls.
 CHUNKS = 8
-CHUNK_ROWS = 256
+CHUNK_ROWS = 96
 CHUNK_VALUES = 2**15
 
 
