@@ -85,7 +85,7 @@ def test_a_score_of_zero_goes_right() -> None:
     assert ffn.path(torch.randn(2, 6)).leaf.tolist() == [7, 7]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     T=st.one_of(st.integers(0, 30), st.integers(1000, 3000)),
     depth=st.integers(0, 8),

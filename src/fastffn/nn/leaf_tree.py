@@ -212,6 +212,7 @@ class LeafTreeFFN(AuxiliaryLoss, FFN[LeafTreeConfig]):
         """The entropy of each decision, averaged over the tokens: `[..., D]` to `[2^depth - 1]`, with gradients."""
         return binary_entropy(self.node_scores(x).reshape(-1, self.config.leaves - 1)).mean(0)
 
+    @torch.no_grad()
     def path(self, x: torch.Tensor) -> Path:
         """The hard decisions of tokens `[T, D]`, without a region leak."""
         x, weight, bias = _given(*autocast(x, self.node_weight, self.node_bias))

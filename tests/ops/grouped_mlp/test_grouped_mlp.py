@@ -89,7 +89,7 @@ def test_formula_by_hand() -> None:
     assert y.tolist() == [[20.0], [0.0], [400.0]]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     T=st.one_of(st.integers(0, 40), st.integers(1, 2500)),
     E=st.integers(1, 40),

@@ -51,7 +51,7 @@ def test_weights_by_hand() -> None:
     assert path_weights(torch.empty(3, 0)).tolist() == [[1.0]] * 3
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     T=st.integers(0, 60),
     depth=st.integers(0, 6),
