@@ -148,7 +148,7 @@ def clear_partials(output: Path) -> None:
 
 def _is_partial(path: Path) -> bool:
     """Whether it is a temporary name (see `fastffn.convert.files`) of something that a run writes."""
-    name, _, rest = path.name.removeprefix(".").partition(".partial")
+    name, _, rest = path.name.lstrip(".").partition(".partial")
     return bool(path.name.startswith(".") and rest and (is_ours(name) or is_ours(path.parent.name)))
 
 
