@@ -110,6 +110,16 @@ def test_a_run_of_another_version_is_called_that(tmp_path) -> None:
         rundir.check_run(tmp_path, CONFIG, overwrite=False)
 
 
+def test_options_of_kinds_that_came_later_are_no_difference(tmp_path) -> None:
+    rundir.claim_run(tmp_path, CONFIG)
+    (tmp_path / "dense").mkdir()
+    path = tmp_path / rundir.CONFIG
+    lines = path.read_text().splitlines()
+    assert "leaf_width: null" in lines
+    path.write_text("\n".join(line for line in lines if line != "leaf_width: null"))
+    assert rundir.check_run(tmp_path, CONFIG, overwrite=False) is True
+
+
 def test_notes_written_meanwhile_are_kept(tmp_path) -> None:
     rundir.claim_run(tmp_path, CONFIG)
     (tmp_path / "dense").mkdir()

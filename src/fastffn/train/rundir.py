@@ -96,7 +96,8 @@ def check_run(output: Path, config: PretrainConfig, *, overwrite: bool) -> bool:
         return False
     before = read_config(output / CONFIG) if CONFIG in there else {}
     after = config.to_flat()
-    different = [name for name in after if name not in before or before[name] != after[name]]
+    # What an older version did not know and this run leaves unset is no difference: each new kind brings options.
+    different = [name for name in after if before.get(name) != after[name]]
     if set(there) <= BEFORE_TRAINING and {"data", "ffn", "layers"} <= set(before):
         return False  # nothing to go on with, and nothing to lose
     if not different and not (overwrite and (output / "results.json").is_file()):
