@@ -19,6 +19,7 @@ from fastffn.errors import CheckpointError, ConfigError, DataError, OutputError,
 from fastffn.train import pretrain as module
 from fastffn.train.config import PretrainConfig, get_preset
 from fastffn.train.pretrain import pretrain
+from fastffn.train.text import spread
 from fastffn.train.trainer import StageTrainer
 
 SMALL = {
@@ -349,8 +350,8 @@ def test_tensorboard(finished) -> None:
 
 def test_a_large_validation_text_is_sampled_evenly(text_file, tmp_path) -> None:
     rows = datasets.Dataset.from_dict({"n": range(10)})
-    assert module.spread(rows, 4)["n"][:] == [0, 2, 5, 7]
-    assert module.spread(rows, 10) is rows
+    assert spread(rows, 4)["n"][:] == [0, 2, 5, 7]
+    assert spread(rows, 10) is rows
     whole, sampled = (
         pretrain(tiny(text_file, ffn="dense", rank=None, validation_blocks=most), tmp_path / str(most))
         for most in (999, 7)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,30 +11,22 @@ from typing import Any
 import torch
 
 from fastffn.convert.files import new_directory, read_json, write_json
-from fastffn.convert.fresh import GPT2Shape, fresh_gpt2, started_gpt2
-from fastffn.data.blocks import TokenBlocks, collate, token_blocks
-from fastffn.data.text import find_text
-from fastffn.data.tokenizer import fits_vocabulary, load_tokenizer, train_tokenizer, training_size
-from fastffn.errors import CheckpointError, ConfigError, DataError, OutputError
+from fastffn.convert.fresh import fresh_gpt2, started_gpt2
+from fastffn.data.blocks import collate
+from fastffn.errors import CheckpointError, ConfigError, OutputError
 from fastffn.measure.machine import describe_machine
 from fastffn.train import checkpoints, processes, rundir
 from fastffn.train.arguments import split_batch, training_arguments
-from fastffn.train.config import SHAPE_FIELDS, PretrainConfig
+from fastffn.train.config import PretrainConfig
 from fastffn.train.disk import full_disk_is_named
 from fastffn.train.gain import Gain, measure_gain
 from fastffn.train.plan import Stage, plan_stages
 from fastffn.train.processes import is_main, on_main, say
 from fastffn.train.report import print_report, write_progress, write_report
 from fastffn.train.switch import factorise_stage, merge_stage
+from fastffn.train.text import check_start, read_text
 from fastffn.train.trainer import Clock, StageTrainer
 from fastffn.train.watch import Forecast, Watch
-
-# What validates, in words.
-HELD_OUT = {
-    "documents": "whole documents held out",
-    "stretches": "stretches held out of few documents: their neighbours are trained on",
-    "validation text": "a text of its own",
-}
 
 
 def pretrain(config: PretrainConfig, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -61,7 +52,7 @@ def pretrain(config: PretrainConfig, output: Path, *, overwrite: bool = False) -
         raise ConfigError("data is missing; this preset has no text of its own. Name a text with --data.")
     output = Path(output)
     processes.join()
-    on_main(lambda: _check_start(config, output))
+    on_main(lambda: check_start(config, output))
     with contextlib.ExitStack() as held, full_disk_is_named(output):
         on_main(lambda: held.enter_context(rundir.locked(output)))
         resumed = on_main(lambda: rundir.check_run(output, config, overwrite=overwrite))
@@ -75,7 +66,7 @@ def pretrain(config: PretrainConfig, output: Path, *, overwrite: bool = False) -
             say(f"{output} holds this run already; going on from what is complete.")
         # Text first: what is wrong with it should neither delete another run nor leave a half one behind.
         run = _Run(config, output, resumed=resumed)
-        if resumed and not on_main(lambda: rundir.same_text(output, run.identity)):
+        if resumed and not on_main(lambda: rundir.same_text(output, run.text.identity)):
             if not overwrite:
                 raise OutputError(
                     f"The text (its path, size or time), or the checkpoint to start from, has changed since the run in "
@@ -88,38 +79,8 @@ def pretrain(config: PretrainConfig, output: Path, *, overwrite: bool = False) -
         return run.results()
 
 
-def spread(rows: Any, most: int) -> Any:
-    """At most so many rows of a data set, evenly spread over it."""
-    count = len(rows)
-    return rows if count <= most else rows.select([number * count // most for number in range(most)])
-
-
 def _complete(output: Path) -> bool:
     return (output / "results.json").is_file()
-
-
-def _check_start(config: PretrainConfig, output: Path) -> None:
-    """Raises ConfigError if the run's shape is not that of the checkpoint it starts from, or would be deleted."""
-    for name in ("init_from", "tokenizer"):
-        path = Path(getattr(config, name) or "")
-        if path.exists() and output.resolve() in path.resolve().parents:
-            raise ConfigError(
-                f"{name} is {path}, inside the run's own directory {output}, which a run may delete. Copy it "
-                "elsewhere, or name another output."
-            )
-    if config.init_from is None:
-        return
-    there = GPT2Shape.of_checkpoint(Path(config.init_from))
-    for name in SHAPE_FIELDS:
-        here, known = getattr(config, name), getattr(there, name)
-        if name == "d_hidden":
-            here, known = here or 4 * config.d_model, known or 4 * there.d_model
-        if here != known:
-            raise ConfigError(f"{name} is {here}, but the checkpoint {config.init_from} has {known}; leave it out.")
-    if config.sequence > there.sequence:
-        raise ConfigError(
-            f"sequence is {config.sequence}, but the checkpoint {config.init_from} takes {there.sequence} at most."
-        )
 
 
 class _Run:
@@ -128,9 +89,7 @@ class _Run:
     def __init__(self, config: PretrainConfig, output: Path, *, resumed: bool = False) -> None:
         self.config = config
         self.output = output
-        self.tokenizer = on_main(lambda: self._tokenizer(resumed))
-        self.blocks = self._blocks()
-        self.validation = spread(self.blocks.validation, config.validation_blocks)
+        self.text = read_text(config, output / "tokenizer" if resumed else None)
         self.stages = plan_stages(config, self._steps())
         arguments = training_arguments(config, output)
         devices = torch.accelerator.device_count()
@@ -150,93 +109,18 @@ class _Run:
             rundir.clear_partials(self.output)
         else:
             rundir.claim_run(self.output, self.config)
-        rundir.keep_text(self.output, self.identity)
-        self.tokenizer.model_max_length = self.config.sequence
+        rundir.keep_text(self.output, self.text.identity)
+        self.text.tokenizer.model_max_length = self.config.sequence
         if not (self.output / "tokenizer").is_dir():
             with new_directory(self.output / "tokenizer") as partial:
-                self.tokenizer.save_pretrained(partial)
-
-    # -- text ------------------------------------------------------------------------------------------------------
-
-    def _tokenizer(self, resumed: bool) -> Any:
-        config, saved = self.config, self.output / "tokenizer"
-        if resumed and saved.is_dir():
-            tokenizer = load_tokenizer(str(saved))
-        else:
-            size = training_size(config.tokenizer)
-            if size is None:
-                tokenizer = load_tokenizer(config.tokenizer)
-            else:
-                source = find_text(config.data, column=config.text_column, separator=config.document_separator)
-                tokenizer = train_tokenizer(source, size, progress=sys.stderr.isatty())
-        if config.vocabulary is not None and len(tokenizer) != config.vocabulary:
-            raise DataError(
-                f"The tokenizer '{config.tokenizer}' has {len(tokenizer)} tokens, but vocabulary is "
-                f"{config.vocabulary}. Choose the tokenizer that fits, or another vocabulary."
-            )
-        if config.init_from is not None:
-            known = GPT2Shape.of_checkpoint(Path(config.init_from)).vocabulary
-            if training_size(config.tokenizer) is not None or not fits_vocabulary(len(tokenizer), known):
-                raise DataError(
-                    f"The tokenizer '{config.tokenizer}' has {len(tokenizer)} tokens, the checkpoint "
-                    f"{config.init_from} {known}: they do not belong together. Name the tokenizer that it was trained "
-                    "with by --tokenizer."
-                )
-        return tokenizer
-
-    def _blocks(self) -> TokenBlocks:
-        config = self.config
-        # What is wrong with the text's name is said once.
-        on_main(lambda: find_text(config.data, column=config.text_column, separator=config.document_separator) and None)
-        # Every process asks; the cache's lock lets one of each machine do the work, however long it takes.
-        blocks = token_blocks(
-            config.data,
-            self.tokenizer,
-            config.sequence,
-            validation=config.validation,
-            validation_fraction=config.validation_fraction,
-            column=config.text_column,
-            separator=config.document_separator,
-        )
-        processes.check_same("The text", blocks.identity)
-        there = len(blocks.validation)
-        used = min(there, config.validation_blocks)
-        say(
-            f"Text: {config.data}, {blocks.train_characters + blocks.validation_characters:,} characters in "
-            f"{blocks.train_documents + blocks.validation_documents:,} documents; "
-            f"{len(blocks.train) * config.sequence:,} tokens to train on, "
-            f"{used * config.sequence:,} to validate on ({HELD_OUT[blocks.held_out]}"
-            f"{f'; evenly out of {there * config.sequence:,}' if used < there else ''}); vocabulary "
-            f"{len(self.tokenizer):,}."
-        )
-        # One process of each machine has done the work, not always the main one.
-        worked = [(s, speed) for s, speed in processes.gather((blocks.seconds, blocks.tokens_per_second)) if speed]
-        if worked:
-            say(f"Tokenised in {worked[0][0]:.1f} s, {worked[0][1]:,.0f} tokens/s.")
-        self.tokenised_per_second = worked[0][1] if worked else None
-        if len(blocks.train) < config.batch:
-            raise DataError(
-                f"The text makes {len(blocks.train)} blocks of {config.sequence} tokens, fewer than one batch of "
-                f"{config.batch}. Give more text, or a smaller --batch."
-            )
-        return blocks
-
-    @property
-    def identity(self) -> str:
-        """Text that differs whenever the text or the start of the run do."""
-        start = Path(self.config.init_from) if self.config.init_from is not None else None
-        stamps = [
-            f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
-            for path in sorted(start.glob("*.safetensors") if start else ())
-        ]
-        return " ".join([self.blocks.identity, *stamps])
+                self.text.tokenizer.save_pretrained(partial)
 
     def _steps(self) -> int:
         """Optimizer steps of a run, or of one stage with `restart`."""
         if self.config.steps is not None:
             return self.config.steps
         assert self.config.epochs is not None
-        return max(1, int(self.config.epochs * (len(self.blocks.train) // self.config.batch)))
+        return max(1, int(self.config.epochs * (len(self.text.train) // self.config.batch)))
 
     # -- stages ----------------------------------------------------------------------------------------------------
 
@@ -277,15 +161,7 @@ class _Run:
             "config": config.to_flat(),
             "ffn": type(config.ffn_config()).own_fields(),
             "processes": processes.count(),
-            "text": {
-                "characters": self.blocks.train_characters + self.blocks.validation_characters,
-                "documents": self.blocks.train_documents + self.blocks.validation_documents,
-                "held_out": self.blocks.held_out,
-                "tokenised_per_second": self.tokenised_per_second,
-                "train_tokens": len(self.blocks.train) * config.sequence,
-                "validation_tokens": len(self.validation) * config.sequence,
-                "vocabulary": len(self.tokenizer),
-            },
+            "text": self.text.facts(),
             "gain": self.gain.to_dict() if self.gain else None,
             "stages": dict(self.records),
         }
@@ -304,7 +180,7 @@ class _Run:
             return Gain.from_dict(read_json(kept))
         say("Timing a few training steps at this shape ...")
         micro, _ = split_batch(self.config, processes.count())
-        gain = measure_gain(self.config, len(self.tokenizer), self.device, self.autocast, share, micro)
+        gain = measure_gain(self.config, len(self.text.tokenizer), self.device, self.autocast, share, micro)
         write_json(kept, gain.to_dict())
         say(
             f"A training step at this shape: dense {gain.dense_seconds:.3f} s, factorised "
@@ -341,14 +217,14 @@ class _Run:
             model=model,
             args=training_arguments(config, self.output / stage.name, stage),
             train_dataset=self._whole_batches(),
-            eval_dataset=self.validation,
+            eval_dataset=self.text.validation,
             data_collator=collate,
-            processing_class=self.tokenizer,
+            processing_class=self.text.tokenizer,
         )
 
     def _whole_batches(self) -> Any:
         """The training blocks without the rest that fills no batch: every step is of the same size."""
-        rows = self.blocks.train
+        rows = self.text.train
         return rows.select(range(len(rows) // self.config.batch * self.config.batch))
 
     def _report_progress(self, stage: Stage, seconds: float, state: str, history: list[dict[str, Any]]) -> None:
@@ -448,7 +324,7 @@ class _Run:
         if config.init_from is not None:
             return started_gpt2(Path(config.init_from), ffn, seed=config.seed, dropout=config.dropout)
         return fresh_gpt2(
-            config.shape(len(self.tokenizer)), ffn, seed=config.seed, end_of_text=self.tokenizer.eos_token_id
+            config.shape(len(self.text.tokenizer)), ffn, seed=config.seed, end_of_text=self.text.tokenizer.eos_token_id
         )
 
     def _final_checkpoint(self, name: str) -> Path:
@@ -510,7 +386,7 @@ class _Run:
         model: Any = AutoModelForCausalLM.from_pretrained(self.output / final)
         model.to(self.device).eval()
         length = max(1, min(32, self.config.sequence // 4))
-        prompt = self.validation[0]["input_ids"][:length].tolist()
+        prompt = self.text.validation[0]["input_ids"][:length].tolist()
         ids = torch.tensor([prompt], device=self.device)
         set_seed(self.config.seed)
         generated = model.generate(
@@ -520,9 +396,9 @@ class _Run:
             do_sample=True,
             top_k=50,
             use_cache=True,
-            pad_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.text.tokenizer.eos_token_id,
         )
         return {
-            "prompt": self.tokenizer.decode(prompt),
-            "continuation": self.tokenizer.decode(generated[0, length:].tolist()),
+            "prompt": self.text.tokenizer.decode(prompt),
+            "continuation": self.text.tokenizer.decode(generated[0, length:].tolist()),
         }
