@@ -7,7 +7,13 @@ from pathlib import Path
 
 ENVIRONMENT = {
     "FASTFFN_DATA_DIR": "folder of real texts and tokenizers, for tests, benchmarks and experiments",
+    "FASTFFN_CPU_ISA": "instruction set of the compiled kernels: avx512, avx2, sse2 or neon; the fastest unless set",
 }
+
+
+def cpu_isa() -> str:
+    """The instruction set that FASTFFN_CPU_ISA names; empty where it is unset."""
+    return os.environ.get("FASTFFN_CPU_ISA", "")
 
 
 def data_dir() -> Path | None:

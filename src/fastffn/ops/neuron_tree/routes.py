@@ -73,5 +73,7 @@ def cheapest(request: Request) -> str:
 
 def why_not(name: str, request: Request) -> str | None:
     """Why the backend called `name` leaves a request to another one; None if it does not."""
+    if name == "cpu":
+        return None if request.depth else "leaves it to dense, which is faster here"
     best = cheapest(request)
     return None if best == name else f"leaves it to {best}, which is faster here"

@@ -1,0 +1,54 @@
+// The Python module `fastffn._cpu`: the only file that knows nanobind. Tensors come as addresses, which costs less a
+// call than any exchange protocol; fastffn.ops checks shapes, dtypes and devices before.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "isa.hpp"
+#include "neuron_tree.hpp"
+
+namespace nb = nanobind;
+using Address = std::uintptr_t;
+
+namespace {
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void tree_forward(int isa, int dtype, int activation, Address x, Address w_in, Address b_in, Address w_out, Address y,
+                  Address scores, Address last, std::int64_t tokens, std::int64_t trees, std::int64_t levels,
+                  std::int64_t d_in, std::int64_t d_out, std::int64_t x_stride, int threads) {
+    const fastffn::TreeForward args{at<const void>(x), at<const void>(w_in), at<const void>(b_in), at<const void>(w_out),
+                                    at<void>(y), at<float>(scores), at<std::int64_t>(last), tokens, trees, levels,
+                                    d_in, d_out, x_stride, activation, threads};
+    nb::gil_scoped_release released;
+    fastffn::isa_kernels(isa)->tree->forward[dtype](args);
+}
+
+void tree_backward(int isa, int dtype, int activation, bool straight_through, Address gradient, Address x, Address w_in,
+                   Address w_out, Address scores, Address last, Address d_x, Address d_w_in, Address d_b_in,
+                   Address d_w_out, std::int64_t tokens, std::int64_t trees, std::int64_t levels, std::int64_t d_in,
+                   std::int64_t d_out, std::int64_t x_stride, int threads) {
+    const fastffn::TreeBackward args{at<const void>(gradient), at<const void>(x), at<const void>(w_in),
+                                     at<const void>(w_out), at<const float>(scores), at<const std::int64_t>(last),
+                                     at<void>(d_x), at<void>(d_w_in), at<void>(d_b_in), at<void>(d_w_out), tokens,
+                                     trees, levels, d_in, d_out, x_stride, activation, straight_through, threads};
+    nb::gil_scoped_release released;
+    fastffn::isa_kernels(isa)->tree->backward[dtype](args);
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+    m.doc() = "Kernels on raw pointers; use fastffn.ops.";
+    m.def("instruction_sets", &fastffn::instruction_sets, "Names of those this machine runs, the fastest first.");
+    m.def("tree_forward", &tree_forward);
+    m.def("tree_backward", &tree_backward);
+}

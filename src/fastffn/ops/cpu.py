@@ -1,0 +1,102 @@
+"""The compiled module `fastffn._cpu`: whether it is there, which instruction set it uses, and the numbers it knows
+dtypes and activations by.
+
+Its kernels take addresses, sizes and a number of threads; whoever calls them has checked everything.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from fastffn.errors import BackendError, did_you_mean
+from fastffn.settings import cpu_isa
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# As csrc/activations.hpp numbers them.
+_NUMBERS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "silu", "tanh", "sigmoid", "linear")
+_SAME = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "swish": "silu"}
+
+
+class Compiled(NamedTuple):
+    """The module, and the position of the instruction set in use among those that this machine runs."""
+
+    module: Any
+    isa: int
+
+
+@lru_cache
+def _load() -> tuple[Any, str | None]:
+    """The module, or None and why it is missing."""
+    try:
+        return importlib.import_module("fastffn._cpu"), None
+    except ImportError as error:
+        return None, f"the compiled module fastffn._cpu cannot be loaded ({error})"
+
+
+@lru_cache
+def _missing() -> str | None:
+    """Why the compiled kernels cannot run here, None if they can; the first to ask on a CPU is warned."""
+    _, reason = _load()
+    if reason is not None:
+        warnings.warn(
+            f"fastffn runs without its compiled kernels: {reason}. Layers run on plain torch operators, several times "
+            "slower. To build it, install a C++ compiler and install fastffn again; `fastffn info` shows the result.",
+            stacklevel=2,
+        )
+    return reason
+
+
+def refuses(device: str, dtype: torch.dtype, tokens: int) -> str | None:
+    """Why no compiled kernel can run a call, None if one can."""
+    if device != "cpu":
+        return f"runs on a CPU, not on {device}"
+    if dtype not in DTYPES:
+        return f"takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if tokens >= 2**31:
+        return "takes fewer than 2**31 tokens"
+    return _missing()
+
+
+def instruction_sets() -> list[str]:
+    """Those that this machine runs, the fastest first; empty without the compiled module."""
+    module, _ = _load()
+    return [] if module is None else list(module.instruction_sets())
+
+
+@lru_cache
+def _compiled(wanted: str) -> Compiled:
+    module, reason = _load()
+    if module is None:
+        raise BackendError(f"Backend 'cpu' cannot run: {reason}.")
+    names = instruction_sets()
+    if wanted and wanted not in names:
+        raise BackendError(
+            f"FASTFFN_CPU_ISA is '{wanted}'; this machine runs {', '.join(names)}.{did_you_mean(wanted, names)}"
+        )
+    return Compiled(module, names.index(wanted) if wanted else 0)
+
+
+def compiled() -> Compiled:
+    """What to call.
+
+    Raises:
+        BackendError: the module is missing, or FASTFFN_CPU_ISA names an instruction set that this machine lacks.
+    """
+    return _compiled(cpu_isa())
+
+
+@lru_cache
+def activation_number(name: str) -> int:
+    """The number of an activation that `ACTIVATIONS` names."""
+    return _NUMBERS.index(_SAME.get(name, name))
+
+
+def rows(tensor: torch.Tensor) -> torch.Tensor:
+    """`[T, D]` with the numbers of each row side by side; rows may lie apart."""
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
