@@ -1,10 +1,10 @@
 // Conditional neuron trees, forward and backward. Compiled once for each instruction set (FASTFFN_ISA names it).
 //
-// Forward. Tokens go down together, a tile at a time: while one token's score is computed, the rows that the others of
-// its tile need next are on their way. A tree too large for the second-level cache is walked in stages of a few
-// levels; between stages tokens are sorted by the node they stand at, so that neighbours share rows. Every score is
-// one dot product in a fixed order and every output a sum in the order of trees and levels: the result of a token
-// depends neither on its batch nor on the number of threads.
+// Forward. Tokens go down together, a tile at a time, so that while one waits for its next row the processor is busy
+// with another's. (Rows are long enough for the machine's own prefetching; asking for them ahead made it slower.) A
+// tree too large for the second-level cache is walked in stages of a few levels; between stages tokens are sorted by the
+// node they stand at, so that neighbours share rows. Every score is one dot product in a fixed order and every output a
+// sum in the order of trees and levels: the result of a token depends neither on its batch nor on the number of threads.
 #include "neuron_tree.hpp"
 
 #include "activations.hpp"
@@ -94,20 +94,18 @@ struct Walker {
 // Leads `count` walkers from level `from` to before level `to`; after the last level of the tree (`last`) they stay at
 // the node they visited, else they stand at the one they visit next.
 template <class T>
-inline void walk(const Walker<T>* walkers, i64 count, i64 from, i64 to, bool last, bool distant) {
+inline void walk(const Walker<T>* walkers, i64 count, i64 from, i64 to, bool last) {
     for (i64 level = from; level < to; ++level) {
         for (i64 i = 0; i < count; ++i) {
             const Walker<T>& walker = walkers[i];
             const Tree<T>& tree = *walker.tree;
             const i64 node = *walker.node;
-            if (distant) prefetch_far(tree.out(node), tree.d_out * static_cast<i64>(sizeof(T)));
             const float score = dot(walker.x, tree.in(node), tree.d_in) + tree.bias(node);
             walker.scores[level] = score;
             if (last && level + 1 == to) continue;
             // Zero goes left, and so does what is not a number.
             const i64 next = 2 * node + 1 + (score > 0.0f ? 1 : 0);
             *walker.node = static_cast<i32>(next);
-            if (distant) prefetch_near(tree.in(next), tree.d_in * static_cast<i64>(sizeof(T)));
         }
     }
 }
@@ -190,7 +188,7 @@ struct Forward {
                         walkers[lane] = {x + (begin + i) * a.x_stride, scores + lane * levels, node + lane, tree_of + p};
                     }
                 const i64 lanes = count * here;
-                walk(walkers, lanes, 0, levels, true, true);
+                walk(walkers, lanes, 0, levels, true);
                 activate_all(activation, scores, coefficients, lanes * levels);
                 for (i64 lane = 0; lane < lanes; ++lane) path_rows(*walkers[lane].tree, node[lane], levels, rows + lane * levels);
                 for (i64 i = 0; i < count; ++i) {
@@ -252,7 +250,7 @@ struct Forward {
                             const i64 t = token(done + i);
                             walkers[i] = {x + t * a.x_stride, scores + t * levels, node + t, &here};
                         }
-                        walk(walkers, now, from, to, final, false);
+                        walk(walkers, now, from, to, final);
                     }
                     if (!final) continue;
                     float coefficients[32];

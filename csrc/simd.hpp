@@ -133,6 +133,14 @@ FASTFFN_INLINE void store(float16* p, vf v) {
 }
 
 // The first n < W elements, the others zero.
+#if defined(__AVX512F__)
+FASTFFN_INLINE vf load_part(const float* p, std::int64_t n) {
+    return (vf)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p);
+}
+FASTFFN_INLINE void store_part(float* p, vf v, std::int64_t n) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), (__m512)v);
+}
+#endif
 template <class T>
 FASTFFN_INLINE vf load_part(const T* p, std::int64_t n) {
     T padded[W] = {};
@@ -169,13 +177,5 @@ FASTFFN_INLINE float sum(vf v) {
 }
 
 FASTFFN_INLINE vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
-
-// A row of `bytes` into the second-level cache (or the first), ahead of its use.
-FASTFFN_INLINE void prefetch_near(const void* row, std::int64_t bytes) {
-    for (std::int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(row) + at, 0, 3);
-}
-FASTFFN_INLINE void prefetch_far(const void* row, std::int64_t bytes) {
-    for (std::int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(row) + at, 0, 2);
-}
 
 }  // namespace
