@@ -70,25 +70,21 @@ def instruction_sets() -> list[str]:
 
 
 @lru_cache
-def _compiled(wanted: str) -> Compiled:
+def compiled() -> Compiled:
+    """What to call. FASTFFN_CPU_ISA is read at the first call.
+
+    Raises:
+        BackendError: the module is missing, or FASTFFN_CPU_ISA names an instruction set that this machine lacks.
+    """
     module, reason = _load()
     if module is None:
         raise BackendError(f"Backend 'cpu' cannot run: {reason}.")
-    names = instruction_sets()
+    wanted, names = cpu_isa(), instruction_sets()
     if wanted and wanted not in names:
         raise BackendError(
             f"FASTFFN_CPU_ISA is '{wanted}'; this machine runs {', '.join(names)}.{did_you_mean(wanted, names)}"
         )
     return Compiled(module, names.index(wanted) if wanted else 0)
-
-
-def compiled() -> Compiled:
-    """What to call.
-
-    Raises:
-        BackendError: the module is missing, or FASTFFN_CPU_ISA names an instruction set that this machine lacks.
-    """
-    return _compiled(cpu_isa())
 
 
 @lru_cache

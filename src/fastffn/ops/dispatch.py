@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -152,26 +153,44 @@ class Op:
         self.arguments = self._inputs + (len(options.split(",")) if options else 0)
         self._saved = saved
         self._fake = fake
+        self._chosen: dict[tuple[str | None, Any], Impl] = {}
         self._register(tensors, options)
 
-    def __call__(self, tensors: Tensors, options: tuple[Any, ...], out: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, tensors: Tensors, options: tuple[Any, ...], out: torch.Tensor | None = None, request: Any = None
+    ) -> torch.Tensor:
         """Runs the operation by the cheapest of the three paths.
 
         Args:
             tensors: checked, the first of them not None; None where the schema has `Tensor?`.
             options: what follows the tensors.
             out: filled and returned if given; the caller has made sure that no gradient is asked.
+            request: `request(*tensors, *options)`, where the caller knows it already.
         """
         first = tensors[0]
         assert first is not None
         if torch.compiler.is_compiling() or first.is_meta:
             y: torch.Tensor = self._traced(*tensors, *options)[0]
             return y if out is None else out.copy_(y)
-        impl = select(self.name, self.impls, self.request(*tensors, *options))
+        impl = self.choose(self.request(*tensors, *options) if request is None else request)
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
             differentiable: torch.Tensor = _Eager.apply(self, impl, options, *tensors)
             return differentiable
         return _plainly(first, impl.forward, *tensors, *options, keep=False, out=out)[0]
+
+    def choose(self, request: Any) -> Impl:
+        """What `select` says, remembered: with the few microseconds of a kernel, asking every backend again shows."""
+        key = (_asked.get(), request)
+        impl = self._chosen.get(key)
+        if impl is None:
+            if len(self._chosen) >= 4096:
+                self._chosen.clear()
+            impl = self._chosen[key] = select(self.name, self.impls, request)
+        return impl
+
+    def forget(self) -> None:
+        """Forgets what `choose` remembers."""
+        self._chosen.clear()
 
     def verdicts(self) -> dict[str, str | None]:
         """For each implementation by name, why it does not run the example; None if it could and would."""
@@ -260,10 +279,20 @@ class _Eager(torch.autograd.Function):
         return (None, None, None, *gradients)
 
 
+_can_cast = lru_cache(torch.amp.is_autocast_available)
+
+
+def _casts(kind: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    if torch.compiler.is_compiling():
+        return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return _can_cast(kind) and torch.is_autocast_enabled(kind)
+
+
 def _plainly(tensor: Any, run: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """`run(...)` with autocast off: the tensors have been cast, and what runs in float32 is meant to."""
     kind = tensor.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _casts(kind):
         with torch.autocast(kind, enabled=False):
             return run(*arguments, **named)
     return run(*arguments, **named)
@@ -272,7 +301,7 @@ def _plainly(tensor: Any, run: Callable[..., Any], *arguments: Any, **named: Any
 def autocast(*tensors: torch.Tensor | None) -> Tensors:
     """The tensors in autocast's dtype where it is on, as torch's own matrix products take them; else as they are."""
     kind = tensors[0].device.type  # type: ignore[union-attr]
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    if not _casts(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(

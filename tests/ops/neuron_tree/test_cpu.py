@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from fastffn.errors import BackendError
 from fastffn.ops import cpu, neuron_tree
 from fastffn.ops.dispatch import use_backend
+from fastffn.ops.neuron_tree import NEURON_TREE
 from fastffn.ops.neuron_tree.cpu import IMPL
 from tests.ops.neuron_tree.cases import Case, make
 from tests.ops.neuron_tree.test_backends import agrees
@@ -28,6 +31,17 @@ def threads_as_they_were():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTFFN_CPU_ISA", name)
+        cpu.compiled.cache_clear()
+        try:
+            yield
+        finally:
+            cpu.compiled.cache_clear()
 
 
 def run(case: Case) -> list[torch.Tensor]:
@@ -57,8 +71,7 @@ def run(case: Case) -> list[torch.Tensor]:
     )
 )
 def test_agrees_with_the_definition(isa: str, case: Case) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTFFN_CPU_ISA", isa)
+    with instruction_set(isa):
         agrees(IMPL, case)
 
 
@@ -74,9 +87,9 @@ def test_agrees_with_the_definition(isa: str, case: Case) -> None:
     ],
     ids=str,
 )
-def test_large_shapes(isa: str, shape: dict, monkeypatch) -> None:
-    monkeypatch.setenv("FASTFFN_CPU_ISA", isa)
-    agrees(IMPL, make(**shape))
+def test_large_shapes(isa: str, shape: dict) -> None:
+    with instruction_set(isa):
+        agrees(IMPL, make(**shape))
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 100, 129, 3000, 9000])
@@ -195,21 +208,22 @@ def test_several_python_threads_at_once() -> None:
     assert failures == []
 
 
-def test_an_unknown_instruction_set_is_refused(monkeypatch) -> None:
-    monkeypatch.setenv("FASTFFN_CPU_ISA", "avx51")
-    with use_backend("cpu"), pytest.raises(BackendError, match="FASTFFN_CPU_ISA is 'avx51'; this machine runs"):
+def test_an_unknown_instruction_set_is_refused() -> None:
+    words = "FASTFFN_CPU_ISA is 'avx51'; this machine runs"
+    with instruction_set("avx51"), use_backend("cpu"), pytest.raises(BackendError, match=words):
         neuron_tree(*make(3)[:5])
 
 
-def test_the_fastest_instruction_set_is_chosen(monkeypatch) -> None:
-    monkeypatch.delenv("FASTFFN_CPU_ISA", raising=False)
-    assert cpu.compiled().isa == 0
-    monkeypatch.setenv("FASTFFN_CPU_ISA", cpu.instruction_sets()[-1])
-    assert cpu.compiled().isa == len(cpu.instruction_sets()) - 1
+def test_the_fastest_instruction_set_is_chosen() -> None:
+    with instruction_set(""):
+        assert cpu.compiled().isa == 0
+    with instruction_set(cpu.instruction_sets()[-1]):
+        assert cpu.compiled().isa == len(cpu.instruction_sets()) - 1
 
 
 def test_without_the_compiled_module_everything_runs_and_says_so_once(monkeypatch) -> None:
     cpu._missing.cache_clear()
+    NEURON_TREE.forget()
     monkeypatch.setattr(cpu, "_load", lambda: (None, "the compiled module fastffn._cpu cannot be loaded (gone)"))
     case = make(20)
     try:
@@ -220,6 +234,7 @@ def test_without_the_compiled_module_everything_runs_and_says_so_once(monkeypatc
             neuron_tree(*case[:5])
     finally:
         cpu._missing.cache_clear()
+        NEURON_TREE.forget()
 
 
 def test_settings_are_documented() -> None:

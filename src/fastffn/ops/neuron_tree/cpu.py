@@ -78,7 +78,7 @@ def backward(
     tokens, d_model = x.shape
     trees, neurons, d_out = w_out.shape
     gradients = tuple(
-        torch.empty(tensor.shape, dtype=tensor.dtype) if need and tensor is not None else None
+        tensor.new_empty(tensor.shape) if need and tensor is not None else None
         for tensor, need in zip((x, w_in, b_in, w_out), needs, strict=True)
     )
     module.tree_backward(

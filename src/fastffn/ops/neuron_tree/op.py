@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
 
 from fastffn.errors import BackendError, DeviceError, DtypeError, ShapeError
@@ -102,52 +106,83 @@ def neuron_tree(
     Reference: Belcak and Wattenhofer, Exponentially Faster Language Modelling, arXiv 2311.10770, section 2.
     """
     x, w_in, b_in, w_out = autocast(x, w_in, b_in, w_out)  # type: ignore[assignment]
-    _check(x, w_in, b_in, w_out)
-    get_activation(activation)
-    shape = (*x.shape[:-1], w_out.shape[2])
+    meta = (x.shape, x.dtype, x.device, w_in.shape, w_in.dtype, w_in.device, w_out.shape, w_out.dtype, w_out.device)
+    biases = (None, None, None) if b_in is None else (b_in.shape, b_in.dtype, b_in.device)
+    # Checked once for all calls of the same shapes: as long as the kernel itself takes for one token. While torch
+    # traces, shapes may be symbols.
+    check: Callable[..., Request] = _check if torch.compiler.is_compiling() or x.is_meta else _check_once
+    request = check(*meta, *biases, activation)
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     flat_out = None
     if out is not None:
-        _check_out(out, shape, x, (x, w_in, b_in, w_out))
-        flat_out = out.view(-1, shape[-1])
-    y = NEURON_TREE((x.reshape(-1, x.shape[-1]), w_in, b_in, w_out), (activation, straight_through), flat_out)
-    return y.view(shape) if out is None else out
+        _check_out(out, (*x.shape[:-1], w_out.shape[2]), x, (x, w_in, b_in, w_out))
+        flat_out = out.view(-1, w_out.shape[2])
+    y = NEURON_TREE((flat, w_in, b_in, w_out), (activation, straight_through), flat_out, request)
+    if out is not None:
+        return out
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], w_out.shape[2])
 
 
-def _check(x: torch.Tensor, w_in: torch.Tensor, b_in: torch.Tensor | None, w_out: torch.Tensor) -> None:
-    if x.dtype not in DTYPES:
+def _check(
+    x: torch.Size,
+    x_dtype: torch.dtype,
+    x_device: torch.device,
+    w_in: torch.Size,
+    w_in_dtype: torch.dtype,
+    w_in_device: torch.device,
+    w_out: torch.Size,
+    w_out_dtype: torch.dtype,
+    w_out_device: torch.device,
+    b_in: torch.Size | None,
+    b_in_dtype: torch.dtype | None,
+    b_in_device: torch.device | None,
+    activation: str,
+) -> Request:
+    """Refuses shapes, dtypes, devices and names that do not fit; what fits makes a request."""
+    get_activation(activation)
+    if x_dtype not in DTYPES:
         raise DtypeError(
-            f"neuron_tree got x of dtype {x.dtype}; it takes float32, bfloat16, float16 and float64. Convert it first."
+            f"neuron_tree got x of dtype {x_dtype}; it takes float32, bfloat16, float16 and float64. Convert it first."
         )
-    if w_in.dim() != 3 or w_out.dim() != 3:
+    if len(w_in) != 3 or len(w_out) != 3:
         raise ShapeError(
-            f"neuron_tree got w_in {list(w_in.shape)} and w_out {list(w_out.shape)}; they must be [P, N, D] and "
-            "[P, N, O]: P trees of N nodes. For one tree, unsqueeze(0)."
+            f"neuron_tree got w_in {list(w_in)} and w_out {list(w_out)}; they must be [P, N, D] and [P, N, O]: P trees "
+            "of N nodes. For one tree, unsqueeze(0)."
         )
-    trees, neurons, d_model = w_in.shape
-    if x.dim() == 0 or x.shape[-1] != d_model:
+    trees, neurons, d_model = w_in
+    if not x or x[-1] != d_model:
         raise ShapeError(
-            f"neuron_tree got x of shape {list(x.shape)} and w_in {list(w_in.shape)}; the last axes of both must be "
-            "the same width D."
+            f"neuron_tree got x of shape {list(x)} and w_in {list(w_in)}; the last axes of both must be the same width "
+            "D."
         )
-    if w_out.shape[:2] != w_in.shape[:2] or (b_in is not None and b_in.shape != w_in.shape[:2]):
+    if w_out[:2] != w_in[:2] or (b_in is not None and b_in != w_in[:2]):
         raise ShapeError(
-            f"neuron_tree got w_in {list(w_in.shape)}, b_in {None if b_in is None else list(b_in.shape)} and w_out "
-            f"{list(w_out.shape)}; they must be [P, N, D], [P, N] (or None) and [P, N, O] with the same P and N."
+            f"neuron_tree got w_in {list(w_in)}, b_in {None if b_in is None else list(b_in)} and w_out {list(w_out)}; "
+            "they must be [P, N, D], [P, N] (or None) and [P, N, O] with the same P and N."
         )
     depth = depth_of(neurons)
-    if neurons_of(depth) != neurons or depth > MAX_DEPTH or not (trees and d_model and w_out.shape[2]):
+    if neurons_of(depth) != neurons or depth > MAX_DEPTH or not (trees and d_model and w_out[2]):
         raise ShapeError(
-            f"neuron_tree got w_in {list(w_in.shape)} and w_out {list(w_out.shape)}; none of their axes may be empty, "
-            f"and N must be 2**(depth + 1) - 1 for a depth of 0 to {MAX_DEPTH}: 1, 3, 7, 15, 31, ..."
+            f"neuron_tree got w_in {list(w_in)} and w_out {list(w_out)}; none of their axes may be empty, and N must "
+            f"be 2**(depth + 1) - 1 for a depth of 0 to {MAX_DEPTH}: 1, 3, 7, 15, 31, ..."
         )
-    for name, tensor in (("w_in", w_in), ("b_in", b_in), ("w_out", w_out)):
-        if tensor is not None and tensor.dtype != x.dtype:
+    for name, dtype, device in (
+        ("w_in", w_in_dtype, w_in_device),
+        ("b_in", b_in_dtype, b_in_device),
+        ("w_out", w_out_dtype, w_out_device),
+    ):
+        if dtype is not None and dtype != x_dtype:
             raise DtypeError(
-                f"neuron_tree got x of {x.dtype} and {name} of {tensor.dtype}; convert one to the other, or use "
+                f"neuron_tree got x of {x_dtype} and {name} of {dtype}; convert one to the other, or use "
                 "torch.autocast."
             )
-        if tensor is not None and tensor.device != x.device:
-            raise DeviceError(f"neuron_tree got x on {x.device} and {name} on {tensor.device}; move one to the other.")
+        if device is not None and device != x_device:
+            raise DeviceError(f"neuron_tree got x on {x_device} and {name} on {device}; move one to the other.")
+    tokens = math.prod(x[:-1])
+    return Request(x_device.type, x_dtype, tokens, trees, depth, d_model, w_out[2])
+
+
+_check_once = lru_cache(maxsize=4096)(_check)
 
 
 def _check_out(
