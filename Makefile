@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 export NO_MKDOCS_2_WARNING ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: demo test format lint types unit docs examples torture clean
+.PHONY: demo test format lint types unit docs examples torture sanitize clean
 
 demo: .venv/train
 	$(BIN)/fastffn pretrain --preset demo --output runs/demo --overwrite
@@ -50,6 +50,16 @@ examples: .venv/dev
 # A run killed fifty times at random; TORTURE_SEED=n repeats one.
 torture: .venv/dev
 	TORTURE_KILLS=50 $(BIN)/python -m pytest -s tests/train/test_survival.py -k killed_at_random
+
+# The tests of the compiled kernels on a build with address and undefined-behaviour sanitizers (gcc).
+SANITIZE := build/sanitize
+sanitize: .venv/dev
+	cmake -S . -B $(SANITIZE) -DFASTFFN_SANITIZE=address,undefined -DPython_EXECUTABLE=$(realpath $(BIN))/python
+	cmake --build $(SANITIZE) --parallel 2
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	FASTFFN_SANITIZED=$$(ls $(SANITIZE)/_cpu*.so) \
+	$(BIN)/python -m pytest -p tests.sanitized -p no:cacheprovider tests/ops -k "cpu or backends"
 
 clean:
 	rm -rf .venv build dist site runs

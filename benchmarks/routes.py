@@ -1,6 +1,6 @@
 """The ways through an operation against each other, and its fixed rule: `python benchmarks/routes.py [NAME]`.
 
-`neuron_tree`: walk (each token gathers its own weights), cut (two levels of products), dense (all neurons).
+`neuron_tree`: compiled, walk (each token gathers its own weights), cut (two levels of products), dense (all neurons).
 `grouped_mlp`: all at once (`grouped_mm`), or one MLP after the other. Forward passes, float32, medians of alternating
 blocks, milliseconds. Writes `benchmarks/results/routes/<NAME>.json`.
 """
@@ -30,6 +30,9 @@ TREES += (
     [(8, 7, 256, n) for n in (16, 64, 2048)]
     + [(32, 4, 768, n) for n in (1, 2048)]
     + [(1, 5, 768, n) for n in (64, 512)]
+    + [(64, 2, width, n) for width in (128, 768) for n in (1, 256)]
+    + [(64, 1, 768, n) for n in (1, 256)]
+    + [(64, 0, 768, n) for n in (1, 256)]
 )
 # (tokens, MLPs, W) at D = O = 768
 GROUPS = [(1, 16, 8), (16, 16, 8), (512, 16, 8), (512, 128, 8), (4096, 16, 8), (4096, 16, 64), (4096, 128, 8)]
@@ -62,7 +65,7 @@ def patched(target: str, value: object, run: Callable[[], object]) -> Callable[[
 
 @torch.no_grad()
 def trees() -> list[dict[str, Any]]:
-    """The three ways through each tree, and which one the rule takes."""
+    """The ways through each tree, and which one the rule takes."""
     rows = []
     for count, depth, width, tokens in TREES:
         ffn = fastffn.build("neuron_tree", d_model=width, depth=depth, trees=count)
@@ -72,7 +75,9 @@ def trees() -> list[dict[str, Any]]:
             neuron_tree(x, ffn.w_in, ffn.b_in, ffn.w_out)
 
         cut = patched("fastffn.ops.neuron_tree.torch_grouped.walks", False, asked("torch_grouped", run))
-        calls = {"cut": cut, "dense": asked("dense", run)}
+        calls = {"compiled": asked("cpu", run), "dense": asked("dense", run)}
+        if depth > 0:
+            calls["cut"] = cut
         if tokens * count <= 512:
             calls["walk"] = asked("reference", run)
         calls["rule"] = run

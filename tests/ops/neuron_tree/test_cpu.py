@@ -18,6 +18,7 @@ from fastffn.ops import cpu, neuron_tree
 from fastffn.ops.dispatch import use_backend
 from fastffn.ops.neuron_tree import NEURON_TREE
 from fastffn.ops.neuron_tree.cpu import IMPL
+from fastffn.ops.neuron_tree.request import Request
 from tests.ops.neuron_tree.cases import Case, make
 from tests.ops.neuron_tree.test_backends import agrees
 
@@ -206,6 +207,16 @@ def test_several_python_threads_at_once() -> None:
     for worker in workers:
         worker.join()
     assert failures == []
+
+
+def test_many_shallow_trees_are_left_to_dense() -> None:
+    def chosen(tokens: int, trees: int, depth: int, width: int = 768) -> str:
+        return NEURON_TREE.choose(Request("cpu", torch.float32, tokens, trees, depth, width, width)).name
+
+    assert {chosen(tokens, 1, 11) for tokens in (1, 64, 4096)} == {"cpu"}
+    assert {chosen(tokens, 128, 4) for tokens in (1, 64, 4096)} == {"cpu"}
+    assert chosen(1, 256, 0) == "cpu" and chosen(256, 256, 0) == "dense"
+    assert chosen(256, 512, 1, 128) == "dense"
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:

@@ -1,5 +1,5 @@
-"""Which way through a tree is cheapest: walk, cut in two, or evaluate all. A committed rule, not a measurement at run
-time: the same call takes the same way on every machine and with any number of threads.
+"""Which way through a tree is cheapest: compiled, walk, cut in two, or evaluate all. A committed rule, not a
+measurement at run time: the same call takes the same way on every machine and with any number of threads.
 
 The estimates below are nanoseconds of a forward pass in float32, one thread, fitted to the measurements that README.md
 of this folder shows. They need only be right enough to rank.
@@ -18,6 +18,8 @@ PRODUCT, MOVE = 0.025, 0.6
 WALK_LEVEL, WALK_WEIGHT = 30_000.0, 0.8
 # One cut tree; one level of the descent in it; one segment with its two products; one weight gathered for a segment.
 TREE, TREE_LEVEL, SEGMENT, SEGMENT_WEIGHT = 80_000.0, 8_000.0, 28_000.0, 0.22
+# Compiled: one path; one level of it; one weight of that level.
+PATH, PATH_LEVEL, PATH_WEIGHT = 20.0, 5.0, 0.033
 # One level of the descent beside the dense product; one weight that it reads.
 DENSE_LEVEL, DENSE_WEIGHT = 8_000.0, 0.15
 
@@ -37,6 +39,10 @@ def _cut(tokens: int, levels: int, width: int, cut: int) -> float:
         + tokens * width * (MOVE + (upper + lower) * PRODUCT)
         + segments * (SEGMENT + lower * width * SEGMENT_WEIGHT)
     )
+
+
+def _compiled(tokens: int, trees: int, levels: int, width: int) -> float:
+    return tokens * trees * (PATH + levels * (PATH_LEVEL + width * PATH_WEIGHT))
 
 
 def _dense(tokens: int, trees: int, levels: int, width: int) -> float:
@@ -74,6 +80,10 @@ def cheapest(request: Request) -> str:
 def why_not(name: str, request: Request) -> str | None:
     """Why the backend called `name` leaves a request to another one; None if it does not."""
     if name == "cpu":
-        return None if request.depth else "leaves it to dense, which is faster here"
+        tokens, trees, levels = request.tokens, request.trees, request.depth + 1
+        width = request.d_model + request.d_out
+        compiled = _compiled(tokens, trees, levels, width)
+        faster = compiled <= _dense(tokens, trees, levels, width)
+        return None if faster else "leaves it to dense, which is faster here"
     best = cheapest(request)
     return None if best == name else f"leaves it to {best}, which is faster here"
