@@ -1,4 +1,4 @@
-"""A pytest plugin for `make sanitize`: the compiled module is the one that FASTFFN_SANITIZED names, not the installed one."""
+"""A pytest plugin for `make sanitize`: the compiled module is the one that FASTFFN_SANITIZED names."""
 
 from __future__ import annotations
 
