@@ -46,9 +46,9 @@ void tree_backward(int isa, int dtype, int activation, bool straight_through, Ad
 }
 
 void mlp_forward(int isa, int dtype, int activation, Address x, Address index, Address up_weight, Address up_bias,
-                 Address down_weight, Address down_bias, Address gate_weight, Address gate_bias, Address y, Address order,
-                 Address ends, Address up, Address gate, std::int64_t tokens, std::int64_t mlps, std::int64_t d_in,
-                 std::int64_t hidden, std::int64_t d_out, std::int64_t x_stride, int threads) {
+                 Address down_weight, Address down_bias, Address gate_weight, Address gate_bias, Address y,
+                 Address order, Address ends, Address up, Address gate, std::int64_t tokens, std::int64_t mlps,
+                 std::int64_t d_in, std::int64_t hidden, std::int64_t d_out, std::int64_t x_stride, int threads) {
     const fastffn::MlpForward args{at<const void>(x), at<const std::int64_t>(index), at<const void>(up_weight),
                                    at<const void>(up_bias), at<const void>(down_weight), at<const void>(down_bias),
                                    at<const void>(gate_weight), at<const void>(gate_bias), at<void>(y),

@@ -18,9 +18,13 @@ using i64 = std::int64_t;
 using i32 = std::int32_t;
 
 constexpr i64 kBlock = 256;  // tokens that share a panel of weights once it has been packed
-constexpr i64 kFew = 6;      // so many, or fewer, and packing would cost more than it saves
+constexpr i64 kFew = 32;     // so many, or fewer, and packing would cost more than it saves
+constexpr i64 kVeryFew = 6;  // the same for short rows, where summing up a vector at the end costs most of it
+constexpr i64 kShort = 128;
 constexpr i64 kStreams = 4;  // rows of weights read at once for few tokens
 constexpr i64 kAhead = 4096; // bytes between what is read and what is fetched
+
+inline bool by_rows(i64 count, i64 depth) { return count <= (depth < kShort ? kVeryFew : kFew); }
 
 // What uses each block of scratch memory: the first of the calling thread, the others of every thread.
 enum Slot { kPlan, kHidden, kGate, kPanelSlot, kSumsSlot, kFloats, kToSums, kTo };
@@ -262,19 +266,22 @@ struct Forward {
                 auto* const* to, i64 stored) const {
         float padded_bias[kPanel] = {};
         if (bias) widen_row(bias + column, padded_bias, width);
-        product([&](i64 k, i64 deep, float* panel) { pack_transposed(weights + column * depth + k, depth, width, deep, panel); },
-                rows_of(rows), count, depth, stored, bias ? padded_bias : nullptr, to);
+        const auto pack = [&](i64 k, i64 deep, float* panel) {
+            const i64 ahead = k + deep < depth ? deep : width * depth - k;
+            pack_transposed(weights + column * depth + k, depth, width, deep, panel, ahead);
+        };
+        product(pack, rows_of(rows), count, depth, stored, bias ? padded_bias : nullptr, to);
     }
 
     // Hidden neurons [column, end) of a block; rows of `hidden` and `gate` are the block's.
     void up(const Block& block, i64 column, i64 end, float* hidden, float* gate) const {
         const i64 e = block.mlp, offset = e * a.hidden;
-        if (block.count <= kFew) {
+        if (by_rows(block.count, a.d_in)) {
             const T* rows[kFew];
             for (i64 i = 0; i < block.count; ++i) rows[i] = x + plan.order[block.begin + i] * a.x_stride;
             const auto run = [&](const T* weights, const T* bias, float* to) {
-                few(weights + (offset + column) * a.d_in, end - column, a.d_in, bias ? bias + offset + column : nullptr, rows,
-                    block.count,
+                const T* own_bias = bias ? bias + offset + column : nullptr;
+                few(weights + (offset + column) * a.d_in, end - column, a.d_in, own_bias, rows, block.count,
                     [&](i64 n, i64 row, vf result, i64) { store(to + n * stride + column + row, result); });
             };
             run(up_weight, up_bias, hidden);
@@ -290,8 +297,8 @@ struct Forward {
                 float* to[kBlock];
                 for (i64 i = 0; i < block.count; ++i) to[i] = into + i * stride + column;
                 // Whole vectors: what stands behind the last neuron is then a number too.
-                linear(weights + offset * a.d_in, bias ? bias + offset : nullptr, a.d_in, column, width, rows, block.count, to,
-                       vectors_of(width) * W);
+                linear(weights + offset * a.d_in, bias ? bias + offset : nullptr, a.d_in, column, width, rows,
+                       block.count, to, vectors_of(width) * W);
             };
             run(up_weight, up_bias, hidden);
             if (gate) run(gate_weight, gate_bias, gate);
@@ -309,9 +316,10 @@ struct Forward {
             rows[i] = hidden + i * stride;
             to[i] = y + plan.order[block.begin + i] * a.d_out + column;
         }
-        if (block.count <= kFew) {
-            few(down_weight + (offset + column) * a.hidden, end - column, a.hidden, bias ? bias + column : nullptr, rows,
-                block.count, [&](i64 n, i64 row, vf result, i64 valid) { store_some(to[n] + row, result, valid); });
+        if (by_rows(block.count, a.hidden)) {
+            const T* own_bias = bias ? bias + column : nullptr;
+            few(down_weight + (offset + column) * a.hidden, end - column, a.hidden, own_bias, rows, block.count,
+                [&](i64 n, i64 row, vf result, i64 valid) { store_some(to[n] + row, result, valid); });
             return;
         }
         for (; column < end; column += kPanel) {
@@ -323,7 +331,8 @@ struct Forward {
 
     void run() {
         sort();
-        int threads = threads_for(plan.count, a.tokens, a.hidden * (a.d_in + a.d_out), fastffn::usable_threads(a.threads));
+        const int usable = fastffn::usable_threads(a.threads);
+        const int threads = threads_for(plan.count, a.tokens, a.hidden * (a.d_in + a.d_out), usable);
         if (plan.count >= 4 * threads) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
             for (i64 number = 0; number < plan.count; ++number) {
@@ -500,7 +509,8 @@ struct Backward {
         };
         if (a.d_down_weight) {
             float* const* nowhere = nullptr;
-            product(pack, columns_of(acts + begin * stride, stride), a.hidden, count, width, nullptr, nowhere, false, true);
+            const auto left = columns_of(acts + begin * stride, stride);
+            product(pack, left, a.hidden, count, width, nullptr, nowhere, false, true);
             // The sums are those of the transposed matrix: [H, kPanel].
             const float* sums = scratch_of<float>(kSumsSlot, a.hidden * kPanel);
             T* to = static_cast<T*>(a.d_down_weight) + (e * a.d_out + column) * a.hidden;
@@ -516,9 +526,9 @@ struct Backward {
             float* panel = scratch_of<float>(kPanelSlot, kDepth * kPanel);
             for (i64 k = 0; k < count; k += kDepth) pack(k, least(kDepth, count - k), panel);
         }
-        if (a.d_down_bias)
-            for (i64 v = 0; v < vectors; ++v)
-                store_some(static_cast<T*>(a.d_down_bias) + e * a.d_out + column + v * W, bias[v], least(W, width - v * W));
+        if (!a.d_down_bias) return;
+        T* to = static_cast<T*>(a.d_down_bias) + e * a.d_out + column;
+        for (i64 v = 0; v < vectors; ++v) store_some(to + v * W, bias[v], least(W, width - v * W));
     }
 
     void to_bias(i64 e, const float* d, void* bias) const {
@@ -597,9 +607,10 @@ struct Backward {
                 }
             }
         }
-        if (a.d_x)
-            for (i64 i = plan.starts[a.mlps]; i < a.tokens; ++i)
-                std::memset(static_cast<T*>(a.d_x) + plan.order[i] * a.d_in, 0, static_cast<std::size_t>(a.d_in) * sizeof(T));
+        if (!a.d_x) return;
+        const std::size_t bytes = static_cast<std::size_t>(a.d_in) * sizeof(T);
+        for (i64 i = plan.starts[a.mlps]; i < a.tokens; ++i)
+            std::memset(static_cast<T*>(a.d_x) + plan.order[i] * a.d_in, 0, bytes);
     }
 };
 

@@ -1,7 +1,7 @@
 // What the kernels of grouped MLPs are given; see src/fastffn/ops/grouped_mlp/README.md.
 //
-// T tokens, E MLPs of D inputs, H hidden neurons and O outputs. All arrays are row-major and dense, except that rows of x
-// may be further apart; none need be aligned.
+// T tokens, E MLPs of D inputs, H hidden neurons and O outputs. All arrays are row-major and dense, except that rows of
+// x may be further apart; none need be aligned.
 #pragma once
 
 #include <cstdint>

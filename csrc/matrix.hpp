@@ -96,16 +96,27 @@ FASTFFN_INLINE vf sums(vf (&rows)[W]) {
 }
 
 // The panel whose columns are `count` rows of `from`: to[k][i] = from[i][k] for k below `depth`, i below `count`, zero
-// from there to the next whole vector.
+// from there to the next whole vector. What lies `ahead` elements further is fetched: the next panel to be packed.
 template <class T>
-inline void pack_transposed(const T* from, std::int64_t stride, std::int64_t count, std::int64_t depth, float* to) {
+inline void pack_transposed(const T* from, std::int64_t stride, std::int64_t count, std::int64_t depth, float* to,
+                            std::int64_t ahead) {
     const std::int64_t width = vectors_of(count) * W;
     for (std::int64_t i = 0; i < count; i += W) {
         const std::int64_t here = least(W, count - i);
         for (std::int64_t k = 0; k < depth; k += W) {
             const std::int64_t deep = least(W, depth - k);
             vf rows[W];
-            for (int r = 0; r < W; ++r) rows[r] = r < here ? load_some(from + (i + r) * stride + k, deep) : vf{};
+            const T* block = from + i * stride + k;
+            for (int r = 0; r < here; ++r) __builtin_prefetch(block + r * stride + ahead, 0, 2);
+            if (here == W && deep == W) {
+#pragma GCC unroll 16
+                for (int r = 0; r < W; ++r) rows[r] = load(block + r * stride);
+                transpose(rows);
+#pragma GCC unroll 16
+                for (int r = 0; r < W; ++r) store(to + (k + r) * width + i, rows[r]);
+                continue;
+            }
+            for (int r = 0; r < W; ++r) rows[r] = r < here ? load_some(block + r * stride, deep) : vf{};
             transpose(rows);
             for (int r = 0; r < deep; ++r) store(to + (k + r) * width + i, rows[r]);
         }
@@ -168,7 +179,7 @@ inline void tile(const Left& left, const float* panel, std::int64_t depth, const
         }
 }
 
-// `rows` rows of a product with one block of a panel, in tiles; `at(n, R)` is what tile of R rows from row n on multiplies.
+// `rows` rows of a product with one block of a panel, in tiles; `at<R>(n)` is what the R rows from row n on multiply.
 template <int V, class At, class Out>
 inline void tiles(At at, std::int64_t rows, const float* panel, std::int64_t depth, const float* before,
                   const float* bias, Out* const* to, std::int64_t columns) {

@@ -69,7 +69,9 @@ def test_agrees_with_the_definition(isa, T, E, D, W, O, bias, gated, dtype, acti
 
 @every_isa
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("shape", [(3, 2, 770, 257, 401), (700, 3, 401, 130, 770), (1300, 1, 9, 600, 5), (40, 64, 50, 3, 6)])
+@pytest.mark.parametrize(
+    "shape", [(3, 2, 770, 257, 401), (700, 3, 401, 130, 770), (1300, 1, 9, 600, 5), (40, 64, 50, 3, 6)]
+)
 def test_several_blocks_of_depth_columns_and_tokens(isa, shape, gated, monkeypatch) -> None:
     monkeypatch.setenv("FASTFFN_CPU_ISA", isa)
     index, tensors = drawn(*shape, gated=gated, dtype=torch.float32)
@@ -77,7 +79,9 @@ def test_several_blocks_of_depth_columns_and_tokens(isa, shape, gated, monkeypat
         check(index, tensors)
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 300, 200, 300), (16, 16, 96, 64, 96), (150, 2, 200, 150, 90), (5000, 9, 50, 33, 41)])
+@pytest.mark.parametrize(
+    "shape", [(1, 4, 300, 200, 300), (16, 16, 96, 64, 96), (150, 2, 200, 150, 90), (5000, 9, 50, 33, 41)]
+)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_from_any_number_of_threads_and_from_run_to_run(shape, gated, dtype) -> None:
