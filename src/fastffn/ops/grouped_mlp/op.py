@@ -11,7 +11,6 @@ from fastffn.ops.activations import get_activation
 from fastffn.ops.dispatch import Op, autocast
 from fastffn.ops.grouped_mlp import cpu, reference, torch_grouped
 
-
 # So many indices are looked at one by one.
 _FEW = 64
 
