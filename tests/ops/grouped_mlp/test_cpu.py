@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from fastffn.errors import BackendError
 from fastffn.ops import OPS, cpu, grouped_mlp
 from fastffn.ops.activations import ACTIVATIONS
-from fastffn.ops.dispatch import use_backend
-from fastffn.ops.grouped_mlp import reference, torch_grouped
+from fastffn.ops.dispatch import select, use_backend
+from fastffn.ops.grouped_mlp import reference, routes, torch_grouped
 from fastffn.ops.grouped_mlp.cpu import IMPL
 from tests.ops.grouped_mlp.test_grouped_mlp import NAMES, call, check, drawn
 
@@ -234,6 +234,17 @@ def test_what_it_cannot_run_is_left_to_others() -> None:
 def test_it_is_the_first_choice() -> None:
     assert OPS["grouped_mlp"].impls[0] is IMPL
     assert OPS["grouped_mlp"].verdicts()["cpu"] is None
+
+
+def test_large_products_of_bfloat16_are_left_to_instructions_of_their_own(monkeypatch) -> None:
+    example = OPS["grouped_mlp"].example._replace(tokens=4096, mlps=16, width=256, dtype=torch.bfloat16)
+    monkeypatch.setattr(routes, "multiplies_bfloat16", lambda: True)
+    assert "leaves it to torch_grouped" in (routes.why_not(example) or "")
+    assert select("grouped_mlp", OPS["grouped_mlp"].impls, example) is torch_grouped.IMPL
+    for other in ({"dtype": torch.float16}, {"tokens": 1000}, {"width": 64}, {"d_out": 64}):
+        assert routes.why_not(example._replace(**other)) is None
+    monkeypatch.setattr(routes, "multiplies_bfloat16", lambda: False)
+    assert select("grouped_mlp", OPS["grouped_mlp"].impls, example) is IMPL
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from fastffn.ops import cpu
 from fastffn.ops.dispatch import Impl, Tensors
+from fastffn.ops.grouped_mlp.routes import why_not
 
 if TYPE_CHECKING:
     from fastffn.ops.grouped_mlp.op import Request
@@ -128,4 +129,4 @@ def _refuses(request: Request) -> str | None:
     return cpu.refuses(request.device, request.dtype, request.tokens)
 
 
-IMPL = Impl(name="cpu", forward=forward, backward=backward, refuses=_refuses)
+IMPL = Impl(name="cpu", forward=forward, backward=backward, refuses=_refuses, yields=why_not)
