@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "grouped_mlp.hpp"
 #include "isa.hpp"
 #include "neuron_tree.hpp"
 
@@ -44,6 +45,35 @@ void tree_backward(int isa, int dtype, int activation, bool straight_through, Ad
     fastffn::isa_kernels(isa)->tree->backward[dtype](args);
 }
 
+void mlp_forward(int isa, int dtype, int activation, Address x, Address index, Address up_weight, Address up_bias,
+                 Address down_weight, Address down_bias, Address gate_weight, Address gate_bias, Address y,
+                 Address order, Address ends, Address up, Address gate, std::int64_t tokens, std::int64_t mlps,
+                 std::int64_t d_in, std::int64_t hidden, std::int64_t d_out, std::int64_t x_stride, int threads) {
+    const fastffn::MlpForward args{at<const void>(x), at<const std::int64_t>(index), at<const void>(up_weight),
+                                   at<const void>(up_bias), at<const void>(down_weight), at<const void>(down_bias),
+                                   at<const void>(gate_weight), at<const void>(gate_bias), at<void>(y),
+                                   at<std::int64_t>(order), at<std::int32_t>(ends), at<void>(up), at<void>(gate),
+                                   tokens, mlps, d_in, hidden, d_out, x_stride, activation, threads};
+    nb::gil_scoped_release released;
+    fastffn::isa_kernels(isa)->mlp->forward[dtype](args);
+}
+
+void mlp_backward(int isa, int dtype, int activation, Address gradient, Address x, Address up_weight,
+                  Address down_weight, Address gate_weight, Address order, Address ends, Address up, Address gate,
+                  Address d_x, Address d_up_weight, Address d_up_bias, Address d_down_weight, Address d_down_bias,
+                  Address d_gate_weight, Address d_gate_bias, std::int64_t tokens, std::int64_t mlps, std::int64_t d_in,
+                  std::int64_t hidden, std::int64_t d_out, std::int64_t x_stride, int threads) {
+    const fastffn::MlpBackward args{at<const void>(gradient), at<const void>(x), at<const void>(up_weight),
+                                    at<const void>(down_weight), at<const void>(gate_weight),
+                                    at<const std::int64_t>(order), at<const std::int32_t>(ends), at<const void>(up),
+                                    at<const void>(gate), at<void>(d_x), at<void>(d_up_weight), at<void>(d_up_bias),
+                                    at<void>(d_down_weight), at<void>(d_down_bias), at<void>(d_gate_weight),
+                                    at<void>(d_gate_bias), tokens, mlps, d_in, hidden, d_out, x_stride, activation,
+                                    threads};
+    nb::gil_scoped_release released;
+    fastffn::isa_kernels(isa)->mlp->backward[dtype](args);
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -51,4 +81,6 @@ NB_MODULE(_cpu, m) {
     m.def("instruction_sets", &fastffn::instruction_sets, "Names of those this machine runs, the fastest first.");
     m.def("tree_forward", &tree_forward);
     m.def("tree_backward", &tree_backward);
+    m.def("mlp_forward", &mlp_forward);
+    m.def("mlp_backward", &mlp_backward);
 }

@@ -9,13 +9,14 @@ std::vector<Kernels> usable() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
-        found.push_back({"avx512", tree_kernels_avx512()});
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({"avx2", tree_kernels_avx2()});
-    found.push_back({"sse2", tree_kernels_baseline()});
+        found.push_back({"avx512", tree_kernels_avx512(), mlp_kernels_avx512()});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        found.push_back({"avx2", tree_kernels_avx2(), mlp_kernels_avx2()});
+    found.push_back({"sse2", tree_kernels_baseline(), mlp_kernels_baseline()});
 #elif defined(__aarch64__)
-    found.push_back({"neon", tree_kernels_baseline()});
+    found.push_back({"neon", tree_kernels_baseline(), mlp_kernels_baseline()});
 #else
-    found.push_back({"portable", tree_kernels_baseline()});
+    found.push_back({"portable", tree_kernels_baseline(), mlp_kernels_baseline()});
 #endif
     return found;
 }

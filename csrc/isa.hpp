@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "grouped_mlp.hpp"
 #include "neuron_tree.hpp"
 
 namespace fastffn {
@@ -11,6 +12,7 @@ namespace fastffn {
 struct Kernels {
     const char* name;
     const TreeKernels* tree;
+    const MlpKernels* mlp;
 };
 
 // Names of the instruction sets that were compiled and that this machine has, the fastest first.

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from fastffn.errors import DeviceError, DtypeError, IndexRangeError, ShapeError
 from fastffn.ops.activations import get_activation
 from fastffn.ops.dispatch import Op, autocast
-from fastffn.ops.grouped_mlp import reference, torch_grouped
+from fastffn.ops.grouped_mlp import cpu, reference, torch_grouped
+
+# So many indices are looked at one by one.
+_FEW = 64
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What decides which implementation runs: sizes, dtype and kind of device."""
 
     tokens: int
@@ -92,7 +94,7 @@ OP = Op(
     fake=_fake,
     request=_request,
     example=Request(512, 16, 768, 8, 768, False, torch.float32, "cpu"),
-    impls=(torch_grouped.IMPL, reference.IMPL),
+    impls=(cpu.IMPL, torch_grouped.IMPL, reference.IMPL),
     flops=_flops,
 )
 
@@ -143,6 +145,10 @@ def grouped_mlp(
     return OP(autocast(*tensors), (activation,), out)
 
 
+def _autocast_on(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _check(tensors: tuple[torch.Tensor | None, ...], out: torch.Tensor | None) -> None:
     x, index, up_weight, up_bias, down_weight, down_bias, gate_weight, gate_bias = tensors
     assert x is not None and index is not None and up_weight is not None and down_weight is not None
@@ -174,7 +180,7 @@ def _check(tensors: tuple[torch.Tensor | None, ...], out: torch.Tensor | None) -
         raise DtypeError(f"x is {x.dtype}; it must be floating-point: x.float() makes it so.")
     if index.is_floating_point() or index.dtype in (torch.bool, torch.complex64, torch.complex128):
         raise DtypeError(f"index is {index.dtype}; it must hold whole numbers, such as torch.int64.")
-    autocast_on = torch.is_autocast_enabled(x.device.type) if torch.amp.is_autocast_available(x.device.type) else False
+    device, dtype = x.device, x.dtype
     for name, tensor in (
         ("up_weight", up_weight),
         ("down_weight", down_weight),
@@ -182,16 +188,18 @@ def _check(tensors: tuple[torch.Tensor | None, ...], out: torch.Tensor | None) -
     ):
         if tensor is None:
             continue
-        if tensor.device != x.device:
-            raise DeviceError(f"{name} is on '{tensor.device}' and x on '{x.device}'; move one to the other.")
-        if name != "index" and tensor.dtype != x.dtype and not autocast_on:
-            raise DtypeError(f"{name} is {tensor.dtype} and x {x.dtype}; they must be of one dtype.")
+        if tensor.device != device:
+            raise DeviceError(f"{name} is on '{tensor.device}' and x on '{device}'; move one to the other.")
+        if tensor.dtype != dtype and name != "index" and not _autocast_on(device.type):
+            raise DtypeError(f"{name} is {tensor.dtype} and x {dtype}; they must be of one dtype.")
     if out is not None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise ShapeError("out is given, but a gradient is asked; call under torch.no_grad(), or leave out away.")
     if tokens and index.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = torch.aminmax(index)
+        # A call of torch takes longer than to look at a few numbers.
+        numbers = index.tolist() if tokens <= _FEW else [int(extreme) for extreme in torch.aminmax(index)]
+        low, high = min(numbers), max(numbers)
         if low < 0 or high >= mlps:
             raise IndexRangeError(
-                f"index holds numbers from {int(low)} to {int(high)}; there are {mlps} MLPs, so they must be from 0 to "
+                f"index holds numbers from {low} to {high}; there are {mlps} MLPs, so they must be from 0 to "
                 f"{mlps - 1}."
             )
