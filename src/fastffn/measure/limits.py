@@ -131,7 +131,7 @@ def _falling(measured: dict[int, float]) -> dict[int, float]:
 
 def _best(run: Callable[[], object], size: int) -> float:
     """The shortest call, of more of them where they are short."""
-    repeats = max(1, 2**22 // max(size, 1))
+    repeats = min(64, max(1, 2**22 // max(size, 1)))
     run()
     best = float("inf")
     for _ in range(9):

@@ -28,7 +28,7 @@ class Bound:
 
     Attributes:
         products, reads, writes, faults: seconds of each.
-        multiply_adds: of all layers; weight_bytes: distinct rows of weights that are read, of all layers.
+        multiply_adds: of all layers; weight_bytes: those of distinct weights that are read, of all layers.
     """
 
     products: float
@@ -54,7 +54,7 @@ def multiply_adds(config: FFNConfig, tokens: int, passes: str) -> float:
 
 
 def visited_bytes(layers: Sequence[Any], x: torch.Tensor, itemsize: int) -> int:
-    """Bytes of the rows of weights that the tokens `[T, D]` meet: those that get a gradient.
+    """Bytes of the weights that the tokens `[T, D]` meet: those that get a gradient.
 
     A row that only decides has none, and is not counted: the bound stays one.
     """
@@ -65,8 +65,7 @@ def visited_bytes(layers: Sequence[Any], x: torch.Tensor, itemsize: int) -> int:
         y.backward(torch.randn_like(y))
         for parameter in probe.parameters():
             if parameter.grad is not None:
-                rows = parameter.grad.reshape(-1, parameter.shape[-1])
-                total += int(rows.any(1).sum()) * rows.shape[1] * itemsize
+                total += int(torch.count_nonzero(parameter.grad)) * itemsize
     return total
 
 

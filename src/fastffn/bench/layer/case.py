@@ -91,16 +91,21 @@ class LayerCase:
             return [fastffn.build(self.config).to(self.torch_dtype) for _ in range(self.layers)]
 
     def check_backends(self) -> None:
-        """Whether the FFN runs an operation that has backends at all.
+        """Whether each backend that is asked for runs this FFN, and whether it has backends at all.
 
         Raises:
-            ConfigError: it does not, and one was asked for.
+            BackendError: one cannot run it.
+            ConfigError: there are none.
         """
         if not self.backends:
             return
         with torch.device(self.device):
             ffn = fastffn.build(self.config).to(self.torch_dtype).eval()
             x = torch.zeros(1, ffn.config.d_model, dtype=self.torch_dtype)
+        for name in self.backends:
+            for training in (False, True)[: 1 + (self.passes == "both")]:
+                with torch.no_grad(), fastffn.use_backend(name):
+                    ffn.train(training)(x)
         try:
             # None is called so: whoever asks for it by name learns that an operation was called.
             with torch.no_grad(), fastffn.use_backend("?"):

@@ -27,6 +27,7 @@ class Contender:
         backend: is asked for while it runs.
         out: a layer's forward pass into memory that is given, `(module, x, out) -> out`; None: into fresh memory.
         facts: further entries for the result.
+        too_slow: passes for which it was found too slow to be measured.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Contender:
     out: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     dtype: torch.dtype = torch.float32
     facts: dict[str, Any] = field(default_factory=dict)
+    too_slow: set[str] = field(default_factory=set)
 
     def asked(self) -> contextlib.AbstractContextManager[None]:
         """The context that asks for the backend."""

@@ -54,7 +54,7 @@ def bench_layer(case: LayerCase, progress: Callable[[str], None] = lambda line: 
         found, left_out = peers(case, layers)
         contenders = [*_own(case, layers), *found, *dense_contenders(case)]
         rows: list[dict[str, Any]] = []
-        for tokens in case.tokens:
+        for tokens in sorted(set(case.tokens)):
             for passes in PASSES[: 1 + (case.passes == "both")]:
                 # What is compiled keeps all it ever met.
                 torch._dynamo.reset()
@@ -140,7 +140,7 @@ def _rows(
         try:
             call = one.call(passes, x, gradient)
             if one.role == "peer":
-                _not_too_slow(one, call, case.max_seconds)
+                _not_too_slow(one, call, passes, case.max_seconds)
             compared[one.name] = check(one, passes, x, gradient)
             call()
             alone[one.name] = _once(call)
@@ -173,9 +173,12 @@ def _once(call: Callable[[], object]) -> float:
     return alternate({"": call}, rounds=1, warmup=0)[""].median
 
 
-def _not_too_slow(peer: Contender, call: Callable[[], object], seconds: float) -> None:
+def _not_too_slow(peer: Contender, call: Callable[[], object], passes: str, seconds: float) -> None:
+    if passes in peer.too_slow:
+        raise LeftOut("too slow for fewer tokens already")
     taken = _once(call)
     if taken > seconds / 10:
+        peer.too_slow.add(passes)
         raise LeftOut(f"one call takes {taken:.1f} s, too long for --max-seconds {seconds:g}")
 
 
@@ -234,7 +237,7 @@ def _multiply_adds(case: LayerCase, dense: Contender, tokens: int, passes: str) 
 def _timed(case: LayerCase, calls: dict[str, Callable[[], object]], once: float) -> dict[str, Timing]:
     """Times the calls, all of which once take `once` seconds: more often where that is short, less where it is long."""
     between = None
-    block = 3 if once > 0.02 else 12
+    block = 12 if once < 0.02 else 3 if once < 1 else 1
     if case.layers > 1:
         block = 1
         evicted = torch.zeros(EVICTED // 4, device=case.device)
