@@ -206,8 +206,9 @@ def test_every_layer_of_a_stack_is_compared() -> None:
 def test_wrong_peers_are_not_timed(monkeypatch) -> None:
     right = peers.GatherBmm.tree
     monkeypatch.setattr(peers.GatherBmm, "tree", lambda self, x, tree: right(self, x, tree) * 1.001)
-    with pytest.raises(MeasurementError, match=r"gather \+ bmm"):
-        bench_layer(case_of())
+    result = bench_layer(case_of())
+    assert names(result, "peer") == [name for name in names(result, "peer") if name != "gather + bmm"]
+    assert "relative error" in result["left_out"]["gather + bmm, 3 tokens, forward"]
 
 
 @pytest.mark.parametrize("kind", [peers.GatherBmm, peers.SparseCoo])

@@ -47,7 +47,7 @@ def format_layer(result: dict[str, Any], *, tablefmt: str = "simple") -> str:
         f"This machine: {limits['multiply_adds_per_second'] / 1e9:,.0f} G multiply-adds/s, reads "
         f"{max(read) / 1e9:,.0f} GB/s from caches and {min(read) / 1e9:,.0f} from memory"
         + (f", first touches {touched / 1e9:,.1f} GB/s of fresh memory." if touched else "."),
-        *(f"Left out: {name}: {reason}." for name, reason in result["left_out"].items()),
+        *(f"Left out: {name}: {reason.rstrip('.')}." for name, reason in result["left_out"].items()),
         f"{machine['processor']}, {machine['threads']} threads, accelerator {machine['accelerator'] or 'none'}, torch "
         f"{machine['versions']['torch']}, commit {machine['commit'] or 'unknown'}",
     ]
