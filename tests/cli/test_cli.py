@@ -12,6 +12,7 @@ import yaml
 from click.testing import CliRunner
 
 from fastffn.cli.main import COMMANDS, cli
+from fastffn.errors import FastFFNError
 from fastffn.ops import OPS
 from fastffn.train.config import PRESETS
 
@@ -36,7 +37,9 @@ def refused(done: subprocess.CompletedProcess, *words: str, code: int = 2) -> No
 
 
 @pytest.mark.parametrize(
-    "command", [[], *[[name] for name in COMMANDS], ["evaluate", "perplexity"], ["bench", "step"]], ids=str
+    "command",
+    [[], *[[name] for name in COMMANDS], ["evaluate", "perplexity"], ["bench", "step"], ["bench", "layer"]],
+    ids=str,
 )
 def test_help_has_an_example(command) -> None:
     result = CliRunner().invoke(cli, [*command, "--help"])
@@ -108,6 +111,54 @@ def test_bench_step() -> None:
     assert result["ratio"] > 0
     refused(run("bench", "step", "--rounds", 0), "--rounds is 0")
     refused(run("bench", "step", "--preset", "sed"), "Did you mean 'seed'")
+
+
+LAYER = ["bench", "layer", "--d-model", "8", "--depth", "2", "--tokens", "2,5", "--rounds", "1", "--max-seconds", "0.1"]
+
+
+def test_bench_layer(tmp_path) -> None:
+    output, plot = tmp_path / "new" / "layer.json", tmp_path / "layer.png"
+    done = run(*LAYER, "--trees", 2, "--no-compile", "--threads", 1, "--output", output, "--plot", plot, "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    result = json.loads(done.stdout)
+    assert json.loads(output.read_text()) == result
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert (result["ffn"]["trees"], result["total_width"], result["machine"]["threads"]) == (2, 14, 1)
+    assert {row["tokens"] for row in result["rows"]} == {2, 5}
+    assert "5 tokens, forward + backward: " in done.stderr
+    assert [path.name for path in output.parent.iterdir()] == ["layer.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--ffn", "neuron_trees"], "Did you mean 'neuron_tree'"),
+        (["--tokens", "0,4"], "tokens is '0,4'; it must be whole numbers of at least 1"),
+        (["--tokens", "-4"], "tokens is '-4'"),
+        (["--tokens", "4;8"], "tokens is '4;8'; it must be whole numbers with commas, such as 1,64,4096"),
+        (["--threads", "0"], "threads is 0; it must be at least 1"),
+        (["--layers", "-1"], "layers is -1"),
+        (["--d-model", "0"], "d_model is 0"),
+        (["--device", "warp"], "device is 'warp', which cannot be used here"),
+        (["--backend", "dens"], "no backend 'dens'"),
+        (["--backend", "torch_grouped", "--depth", "0"], "needs a tree of at least two levels"),
+        (["--rank", "3"], "NeuronTreeConfig has no field 'rank'"),
+        (["--dtype", "fp8"], "fp8"),
+        (["--output", "setup.cfg/layer.json"], "cannot be created"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bench_layer_refuses(options, words, tmp_path, monkeypatch) -> None:
+    from fastffn.bench.layer import run as layer
+
+    monkeypatch.setattr(layer, "measure_limits", lambda *_: pytest.fail("measured all the same"))
+    (tmp_path / "setup.cfg").touch()
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli, [*LAYER, *options])
+    error = result.exception
+    assert (error.exit_code if isinstance(error, FastFFNError) else result.exit_code) == 2, error
+    assert words in (str(error) if isinstance(error, FastFFNError) else result.output)
 
 
 def test_info() -> None:

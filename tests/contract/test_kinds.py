@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import fastffn
 from fastffn.errors import ConfigError, FastFFNError, KindError, ShapeError
 from fastffn.measure.gate import gate
-from fastffn.nn import DenseConfig, DenseFFN, FFNConfig
+from fastffn.nn import FFN, DenseConfig, DenseFFN, FFNConfig
 from fastffn.registry import get_kind, kind_of, kinds
 
 NAMES = sorted(kinds())
@@ -294,3 +294,24 @@ def test_unknown_kind_names_the_nearest() -> None:
 def test_build_refuses_fields_beside_a_config() -> None:
     with pytest.raises(ConfigError, match="rank"):
         fastffn.build(fastffn.LowRankConfig(d_model=8), rank=2)
+
+
+@pytest.mark.parametrize("config", CASES)
+def test_says_what_a_measurement_needs(config) -> None:
+    """Widths, distance from a tie, and either writing into given memory or saying that it cannot."""
+    ffn = fastffn.build(config).eval()
+    assert 0 < ffn.config.active_width <= ffn.config.total_width
+    x = torch.randn(7, D)
+    margins = ffn.decision_margins(x)
+    assert margins.shape == (7,) and bool((margins >= 0).all())
+    if ffn.config.active_width == ffn.config.total_width:
+        assert margins.isinf().all()
+    with torch.no_grad():
+        expected = ffn(x)
+        out = torch.full_like(expected, float("nan"))
+        if type(ffn).forward_out is FFN.forward_out:
+            with pytest.raises(KindError, match="cannot write into memory"):
+                ffn.forward_out(x, out)
+        else:
+            assert ffn.forward_out(x, out) is out
+            torch.testing.assert_close(out, expected)

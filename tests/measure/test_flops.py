@@ -54,3 +54,18 @@ def test_batched_products_of_an_ffn_are_not_taken_for_attention() -> None:
     with torch.device("meta"):
         whole = fresh_gpt2(shape, low_rank)
     assert step_bound(shape, low_rank).factorised == step_flops(whole, shape.sequence)
+
+
+def test_forward_alone_is_a_third() -> None:
+    with torch.device("meta"):
+        ffn = build("dense", d_model=8, d_hidden=32)
+    assert layer_flops(ffn, 5, 8, backward=False) == 2 * 5 * 8 * 32 * 2
+    assert layer_flops(ffn, 5, 8) == 3 * layer_flops(ffn, 5, 8, backward=False)
+
+
+@pytest.mark.parametrize("depth", [0, 3, 7])
+def test_a_leaf_tree_needs_one_node_of_each_of_the_upper_levels(depth: int) -> None:
+    with torch.device("meta"):
+        ffn = build("leaf_tree", d_model=8, depth=depth, leaf_width=4).eval()
+    # Those below the fifth are no matrix products.
+    assert layer_flops(ffn, 5, 8, backward=False) == 2 * 5 * (min(depth, 5) * 8 + 4 * (8 + 8))

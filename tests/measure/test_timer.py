@@ -38,3 +38,17 @@ def test_errors_pass_through() -> None:
 
     with pytest.raises(RuntimeError, match="broken"):
         alternate({"a": fail}, rounds=1)
+
+
+def test_what_lies_between_is_not_timed(monkeypatch) -> None:
+    now, order = [0.0], []
+    monkeypatch.setattr(timer.time, "perf_counter", lambda: now[0])
+
+    def act(name: str, seconds: float) -> None:
+        order.append(name)
+        now[0] += seconds
+
+    calls = {"a": lambda: act("a", 1.0)}
+    timing = alternate(calls, rounds=2, block=2, warmup=0, between=lambda: act("between", 10.0))["a"]
+    assert order == ["between", "a"] * 4
+    assert timing.high == 1.0

@@ -475,3 +475,52 @@ def test_copies_and_files_keep_no_graph(tmp_path) -> None:
     loaded = torch.load(tmp_path / "ffn.pt", weights_only=False)
     assert auxiliary_loss(loaded).item() == 0
     assert torch.equal(loaded.node_weight, ffn.node_weight)
+
+
+def test_margins_are_the_smallest_scores_on_the_path() -> None:
+    ffn = fastffn.build("leaf_tree", d_model=6, depth=7, leaf_width=2).double()
+    x = torch.randn(20, 6, dtype=torch.float64)
+    scores, nodes = ffn.node_scores(x), ffn.path(x).nodes
+    expected = [min(abs(float(scores[t, n])) for n in nodes[t]) for t in range(20)]
+    assert ffn.decision_margins(x).tolist() == expected
+    assert fastffn.build("leaf_tree", d_model=6, depth=0).decision_margins(x.float()).isinf().all()
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    T=st.integers(1, 9),
+    depth=st.integers(0, 8),
+    W=st.integers(1, 5),
+    D=st.integers(1, 9),
+    d_out=st.integers(1, 9),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    bad=st.sampled_from([float("nan"), float("inf"), float("-inf")]),
+    decisions=st.sampled_from(["eval", "soft", "hard", "straight_through"]),
+    where=st.integers(0, 10**6),
+)
+def test_bad_values_stay_in_their_token_and_the_path_in_the_tree(
+    T,
+    depth,
+    W,
+    D,
+    d_out,
+    dtype,
+    bad,
+    decisions,
+    where,
+) -> None:
+    torch.manual_seed(where)
+    mode = "soft" if decisions == "eval" else decisions
+    ffn = tree(d_model=D, d_out=d_out, depth=depth, leaf_width=W, decisions=mode).to(dtype).train(decisions != "eval")
+    x = torch.randn(T, D, dtype=dtype)
+    token = where % T
+    spoilt = x.clone()
+    spoilt[token, where // T % D] = bad
+    good, found = ffn(x).detach(), ffn(spoilt).detach()
+    others = torch.arange(T) != token
+    # Who shares a leaf with the token makes another product of it: sums may come in another order.
+    torch.testing.assert_close(found[others], good[others])
+    leaf = ffn.path(spoilt).leaf
+    assert bool((leaf >= 0).all()) and bool((leaf < 2**depth).all())
+    if bad != bad:
+        assert leaf[token] == 0 and found[token].isnan().all()

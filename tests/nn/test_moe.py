@@ -152,3 +152,11 @@ def test_bad_input() -> None:
 
 def test_default_width_is_that_of_a_usual_ffn() -> None:
     assert MoEConfig(d_model=64, active=2).resolved().expert_width == 128
+
+
+def test_margins_lie_between_the_last_chosen_and_the_first_that_is_not() -> None:
+    ffn = MoEFFN(MoEConfig(d_model=6, experts=5, active=2, expert_width=3))
+    x = torch.randn(20, 6)
+    ranked = ffn.router(x).sort(1, descending=True).values
+    torch.testing.assert_close(ffn.decision_margins(x), (ranked[:, 1] - ranked[:, 2]).detach())
+    assert MoEFFN(MoEConfig(d_model=6, experts=2, active=2)).decision_margins(x).isinf().all()

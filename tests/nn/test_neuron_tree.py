@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from fastffn import DenseConfig, NeuronTreeConfig, NeuronTreeFFN, build
 from fastffn.errors import CheckpointError, ConfigError, FastFFNError
 from fastffn.measure.flops import layer_flops
+from fastffn.ops.neuron_tree import reference
 
 
 def test_state_dict_is_the_documented_format() -> None:
@@ -211,3 +212,12 @@ def test_what_is_not_published_weights_is_refused(state: dict, depth: int | None
     with pytest.raises(FastFFNError, match=words) as caught:
         NeuronTreeFFN.from_ultrafastbert(state, depth=depth)
     assert isinstance(caught.value, (CheckpointError, ConfigError))
+
+
+def test_margins_are_the_smallest_scores_that_decide() -> None:
+    ffn = build("neuron_tree", d_model=6, depth=2, trees=3).double()
+    x = torch.randn(20, 6, dtype=torch.float64)
+    _, scores, _ = reference.neuron_tree(x, ffn.w_in, ffn.b_in, ffn.w_out)
+    expected = [min(abs(float(scores[p, t, level])) for p in range(3) for level in range(2)) for t in range(20)]
+    assert ffn.decision_margins(x).tolist() == expected
+    assert build("neuron_tree", d_model=6, depth=0).decision_margins(x.float()).isinf().all()

@@ -66,15 +66,20 @@ def step_flops(model: nn.Module, sequence: int) -> int:
     return count_flops(run)
 
 
-def layer_flops(layer: nn.Module, sequence: int, width: int) -> int:
-    """Forward and backward FLOPs of a layer without attention (on device "meta") on one sequence.
+def layer_flops(layer: nn.Module, sequence: int, width: int, *, backward: bool = True) -> int:
+    """FLOPs of a layer without attention (on device "meta") on one sequence, in the mode that it is in.
 
     Its batched products, such as those of block-diagonal matrices, count in full.
+
+    Args:
+        layer: maps `[1, sequence, width]` to something of its choice.
+        backward: whether those of the backward pass count too.
     """
 
     def run() -> Any:
-        x = torch.zeros(1, sequence, width, device="meta", requires_grad=True)
-        return layer(x).sum().backward()
+        with torch.set_grad_enabled(backward):
+            y = layer(torch.zeros(1, sequence, width, device="meta", requires_grad=backward))
+            return y.sum().backward() if backward else y
 
     return count_flops(run, causal=False)
 

@@ -26,6 +26,11 @@ class Timing:
     calls: int
 
 
+def accelerator() -> torch.device | None:
+    """The accelerator, where there is one."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
 def synchronize() -> None:
     """Waits until the accelerator, where there is one, has done all it was asked."""
     if torch.accelerator.is_available():
@@ -33,7 +38,12 @@ def synchronize() -> None:
 
 
 def alternate(
-    calls: Mapping[str, Callable[[], object]], *, rounds: int, block: int = 1, warmup: int = 1
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    block: int = 1,
+    warmup: int = 1,
+    between: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Times several calls against each other.
 
@@ -45,6 +55,7 @@ def alternate(
         rounds: how many rounds.
         block: calls in a row of one kind; the first of a block is not timed if there are several.
         warmup: rounds before timing starts.
+        between: is called before each call and not timed, to empty caches for example.
 
     Returns:
         A `Timing` for each name.
@@ -54,6 +65,8 @@ def alternate(
     for number in range(warmup + rounds):
         for name in names if number % 2 == 0 else reversed(names):
             for repeat in range(block):
+                if between is not None:
+                    between()
                 synchronize()
                 start = time.perf_counter()
                 calls[name]()

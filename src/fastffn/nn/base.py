@@ -71,6 +71,20 @@ class FFNConfig:
             )
         return dataclasses.replace(self, d_out=self.d_out or self.d_model)
 
+    @property
+    def total_width(self) -> int:
+        """Hidden neurons in all, of a resolved configuration: d_hidden of the dense FFN that it stands in for.
+
+        Raises:
+            KindError: this kind does not say.
+        """
+        raise KindError(f"{type(self).__name__} does not say how many neurons it has; give it a total_width.")
+
+    @property
+    def active_width(self) -> int:
+        """Of those, the ones that a token evaluates."""
+        return self.total_width
+
     @classmethod
     def own_fields(cls) -> list[str]:
         """Names of the fields that the user chooses: those that are not read off a model."""
@@ -173,6 +187,21 @@ class FFN(nn.Module, Generic[C]):
         for parameter in dense.parameters():
             parameter.requires_grad_(True)
         return dense.train(self.training)
+
+    def forward_out(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """`forward` into memory that is there: `out [..., O]` is filled and returned. No gradient may be asked.
+
+        Raises:
+            KindError: this kind cannot.
+        """
+        raise KindError(f"{type(self).__name__} cannot write into memory that is given; leave out= away.")
+
+    def decision_margins(self, x: torch.Tensor) -> torch.Tensor:
+        """How far each token's nearest decision is from a tie: `[T, D]` to `[T]`, infinite where there is none.
+
+        Two computations that round differently may send a token below their rounding another way.
+        """
+        return x.new_full((len(x),), float("inf"))
 
     def decay_product_(self, amount: float) -> None:
         """Decays what the factors multiply out to by `amount`, in place; nothing to do for other kinds."""

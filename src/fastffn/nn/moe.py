@@ -70,6 +70,18 @@ class MoEConfig(FFNConfig):
         width = config.expert_width or max(1, 4 * config.d_model // config.active)
         return dataclasses.replace(config, expert_width=width)
 
+    @property
+    def total_width(self) -> int:
+        """See `FFNConfig.total_width`."""
+        assert self.expert_width is not None
+        return self.experts * self.expert_width
+
+    @property
+    def active_width(self) -> int:
+        """See `FFNConfig.active_width`."""
+        assert self.expert_width is not None
+        return self.active * self.expert_width
+
 
 @register_ffn("moe", MoEConfig)
 class MoEFFN(AuxiliaryLoss, FFN[MoEConfig]):
@@ -161,6 +173,14 @@ class MoEFFN(AuxiliaryLoss, FFN[MoEConfig]):
         y = (y.unflatten(0, (-1, config.active)) * weights.to(y.dtype).unsqueeze(2)).sum(1)
         dropped: torch.Tensor = self.dropout(y)
         return dropped.view(*x.shape[:-1], dropped.shape[-1])
+
+    @torch.no_grad()
+    def decision_margins(self, x: torch.Tensor) -> torch.Tensor:
+        """See `FFN.decision_margins`: between the last expert that is chosen and the first that is not."""
+        if self.config.active == self.config.experts:
+            return super().decision_margins(x)
+        best = self.router(x).topk(self.config.active + 1, dim=1).values
+        return best[:, -2] - best[:, -1]
 
     def _balance_loss(self, scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor | None:
         config = self.config

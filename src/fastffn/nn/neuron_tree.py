@@ -18,6 +18,7 @@ from fastffn import ops
 from fastffn.errors import CheckpointError, ConfigError
 from fastffn.nn.base import FFN, FFNConfig
 from fastffn.nn.dense import DenseConfig, DenseFFN
+from fastffn.ops.neuron_tree import reference
 from fastffn.ops.neuron_tree.request import MAX_DEPTH
 from fastffn.registry import register_ffn
 
@@ -63,6 +64,16 @@ class NeuronTreeConfig(FFNConfig):
     def active_neurons(self) -> int:
         """Neurons that a token evaluates, those of the shared part included."""
         return self.trees * (self.depth + 1) + self.shared
+
+    @property
+    def total_width(self) -> int:
+        """See `FFNConfig.total_width`."""
+        return self.neurons + self.shared
+
+    @property
+    def active_width(self) -> int:
+        """See `FFNConfig.active_width`."""
+        return self.active_neurons
 
     def fitted_to(self, dense: FFNConfig) -> Self:
         """See `FFNConfig.fitted_to`; refuses a gated `dense`."""
@@ -133,6 +144,19 @@ class NeuronTreeFFN(FFN[NeuronTreeConfig]):
         if self.shared is not None:
             y = y + self.shared(x)
         return self.dropout(y) if self.training and self.dropout.p else y  # calls cost as much as a tree
+
+    def forward_out(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """See `FFN.forward_out`; without dropout."""
+        self.check_input(x)
+        ops.neuron_tree(x, self.w_in, self.b_in, self.w_out, self.config.activation, out=out)
+        return out if self.shared is None else out.add_(self.shared(x))
+
+    @torch.no_grad()
+    def decision_margins(self, x: torch.Tensor) -> torch.Tensor:
+        """See `FFN.decision_margins`: the smallest score but for the last level's, which decides nothing."""
+        _, scores, _ = reference.neuron_tree(x, self.w_in, self.b_in, self.w_out, self.config.activation)
+        nearest = scores[..., :-1].abs().amin((0, 2)) if self.config.depth else super().decision_margins(x)
+        return nearest
 
     @classmethod
     def from_ultrafastbert(

@@ -97,6 +97,33 @@ def test_is_the_definition(T, depth, D, W, O, kept, small_chunks, dtype, seed) -
         assert ours[name].dtype == dtype and ours[name].shape == exact[name].shape
 
 
+@settings(max_examples=500, deadline=None)
+@given(
+    T=st.integers(1, 9),
+    depth=st.integers(0, 4),
+    D=st.integers(1, 9),
+    W=st.integers(1, 5),
+    O=st.integers(1, 9),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    bad=st.sampled_from([float("nan"), float("inf"), float("-inf")]),
+    of_scores=st.booleans(),
+    where=st.integers(0, 10**6),
+)
+def test_bad_values_stay_in_their_token(T, depth, D, W, O, dtype, bad, of_scores, where) -> None:  # noqa: E741
+    """The output of the other tokens, and the gradient that they get, are what they were."""
+    tensors = drawn(T, depth, D, W, O, dtype=dtype, seed=where)
+    probe = torch.randn(T, O, generator=torch.Generator().manual_seed(where)).to(dtype)
+    name, token = "scores" if of_scores and depth else "x", where % T
+    spoilt = tensors | {name: tensors[name].clone()}
+    spoilt[name][token, where // T % spoilt[name].shape[1]] = bad
+    good, found = with_gradients(tensors, probe), with_gradients(spoilt, probe)
+    others = torch.arange(T) != token
+    for result in ("y", "x", "scores"):
+        assert torch.equal(found[result][others], good[result][others])
+    if bad != bad:
+        assert found["y"][token].isnan().all()
+
+
 def test_gradcheck_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_chunked, "CHUNK_VALUES", 1)
     monkeypatch.setattr(torch_chunked, "CHUNK_ROWS", 1)

@@ -195,6 +195,29 @@ def test_same_bits_from_run_to_run(impl, tokens: int) -> None:
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("tokens", [64, 1500])
+def test_same_bits_from_run_to_run_where_products_use_threads(tokens: int, threads: int, dtype: torch.dtype) -> None:
+    # As wide as products must be for torch to split them. With another number of threads bits differ; see README.md.
+    case = make(tokens, d_model=384, d_out=384, depth=9, trees=1, dtype=dtype)
+    gradient = torch.randn(tokens, 384).to(dtype)
+    assert not routes.walks(1500, 1, 10, 768) and routes.walks(64, 1, 10, 768)
+
+    def run() -> list[torch.Tensor]:
+        y, scores, last = torch_grouped.forward(*case, keep=True, out=None)
+        return [y, scores, last, *torch_grouped.backward(gradient, *case, scores, last, needs=(True,) * 4)]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        runs = [run() for _ in range(3)]
+    finally:
+        torch.set_num_threads(before)
+    for again in runs[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(runs[0], again, strict=True))
+
+
 @everyone
 def test_only_the_gradients_asked_for(impl) -> None:
     case = make(300, depth=5)

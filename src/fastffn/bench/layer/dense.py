@@ -1,0 +1,84 @@
+"""The dense FFNs that everything is compared with: eager, compiled, and into memory that is given."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+import fastffn
+from fastffn.bench.layer.case import LayerCase
+from fastffn.bench.layer.contender import Contender
+from fastffn.nn import DenseConfig, FFNConfig
+from fastffn.ops.activations import get_activation
+
+# How torch's own GELU, which can work in place, calls what transformers calls so.
+IN_PLACE = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+
+
+def dense_config(config: FFNConfig, width: int) -> DenseConfig:
+    """A dense FFN of `width` hidden neurons with the widths, activation and gate of `config`."""
+    known = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    shared = ("d_model", "d_out", "activation", "dropout", "gated")
+    return DenseConfig(d_hidden=width, **{name: known[name] for name in shared if name in known})
+
+
+def widths(config: FFNConfig) -> dict[str, int]:
+    """The widths of the dense FFNs, by what they stand for; one that stands for several has the first name."""
+    assert config.d_model is not None
+    wanted = {"total": config.total_width, "usual": 4 * config.d_model, "active": config.active_width}
+    found: dict[str, int] = {}
+    for name, width in wanted.items():
+        if width not in found.values():
+            found[name] = width
+    return found
+
+
+def dense_contenders(case: LayerCase) -> list[Contender]:
+    """Each width in the dtype of the case, that of all neurons in float32 too where that is another one."""
+    found = []
+    for stands_for, width in widths(case.config).items():
+        found += _of_width(case, width, case.torch_dtype, stands_for)
+        if stands_for == "total" and case.torch_dtype != torch.float32:
+            found += _of_width(case, width, torch.float32, stands_for)
+    return found
+
+
+def _of_width(case: LayerCase, width: int, dtype: torch.dtype, stands_for: str) -> list[Contender]:
+    with torch.device(case.device):
+        modules = [fastffn.build(dense_config(case.config, width)).to(dtype) for _ in range(case.layers)]
+    name = f"dense {width}" + ("" if dtype == case.torch_dtype else ", fp32")
+    facts = {"width": width, "stands_for": stands_for, "dtype": str(dtype).removeprefix("torch.")}
+
+    def contender(suffix: str, layers: Any, **more: Any) -> Contender:
+        return Contender(
+            name + suffix, "dense", layers, sources=modules, dtype=dtype, facts=facts | {"way": suffix[2:]}, **more
+        )
+
+    found = [contender("", modules)]
+    if case.compiled:
+        found.append(contender(", compiled", [torch.compile(module, dynamic=False) for module in modules]))
+    if case.out and not modules[0].config.gated:
+        found.append(contender(", out=", modules, out=_Into()))
+    return found
+
+
+class _Into:
+    """A dense FFN without a single fresh tensor, hidden activations included."""
+
+    def __init__(self) -> None:
+        self._hidden: torch.Tensor | None = None
+
+    def __call__(self, ffn: Any, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        shape = (len(x), ffn.config.d_hidden)
+        if self._hidden is None or self._hidden.shape != shape:
+            self._hidden = x.new_empty(shape)
+        hidden = torch.addmm(ffn.up.bias, x, ffn.up.weight.T, out=self._hidden)
+        name = ffn.config.activation
+        if name in IN_PLACE:
+            hidden = torch.ops.aten.gelu_(hidden, approximate=IN_PLACE[name])
+        else:
+            hidden = F.relu_(hidden) if name == "relu" else get_activation(name)(hidden)
+        return torch.addmm(ffn.down.bias, hidden, ffn.down.weight.T, out=out)
