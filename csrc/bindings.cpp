@@ -12,6 +12,7 @@
 #include "grouped_mlp.hpp"
 #include "isa.hpp"
 #include "neuron_tree.hpp"
+#include "threads.hpp"
 
 namespace nb = nanobind;
 using Address = std::uintptr_t;
@@ -79,6 +80,8 @@ void mlp_backward(int isa, int dtype, int activation, Address gradient, Address 
 NB_MODULE(_cpu, m) {
     m.doc() = "Kernels on raw pointers; use fastffn.ops.";
     m.def("instruction_sets", &fastffn::instruction_sets, "Names of those this machine runs, the fastest first.");
+    m.def("prefer_large_pages",
+          [](Address memory, std::size_t bytes) { fastffn::prefer_large_pages(at<void>(memory), bytes); });
     m.def("tree_forward", &tree_forward);
     m.def("tree_backward", &tree_backward);
     m.def("mlp_forward", &mlp_forward);

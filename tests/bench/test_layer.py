@@ -145,7 +145,7 @@ def test_layers_of_a_stack_get_the_same_tokens_and_their_outputs_are_added() -> 
     one = Contender("it", "ffn", layers, layers)
     into = Contender("it", "ffn", layers, layers, out=lambda module, x, out: module.forward_out(x, out))
     for contender, passes in ((one, "forward"), (into, "forward"), (one, "forward + backward")):
-        torch.testing.assert_close(contender.call(passes, x, gradient)(), expected)
+        torch.testing.assert_close(contender.call(passes, [x], gradient)(), expected)
     wanted = torch.autograd.grad(expected, [layer.w_in for layer in layers], gradient)
     for layer, found in zip(layers, wanted, strict=True):
         torch.testing.assert_close(layer.w_in.grad, found)
@@ -289,12 +289,14 @@ def test_the_mode_that_draws_at_random_is_not_compared() -> None:
 def test_few_tokens_are_such_whose_decisions_are_clear() -> None:
     case = case_of(fields={"depth": 9}, dtype="bf16")
     layers = case.build()
-    x, _ = run._inputs(case, layers, 20)
-    assert decided(layers, x, torch.bfloat16).all()
+    batches, _ = run._inputs(case, layers, 20)
+    assert len(batches) == 25 and {batch.shape for batch in batches} == {(20, D)}
+    assert decided(layers, batches[0], torch.bfloat16).all()
     many, _ = run._inputs(case, layers, 500)
-    assert not decided(layers, many, torch.bfloat16).all()
+    assert len(many) == 2 and not torch.equal(*many)
+    assert not decided(layers, many[0], torch.bfloat16).all()
     again, _ = run._inputs(case, layers, 500)
-    assert torch.equal(many, again)
+    assert torch.equal(many[1], again[1])
 
 
 def test_tokens_that_decide_nothing_clearly_are_refused() -> None:

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from fastffn.measure.timer import synchronize
+from fastffn.ops.cpu import prefer_large_pages
 
 # Working sets whose bandwidth is measured, in bytes: from what a core keeps for itself to more than any cache holds.
 SIZES = tuple(2**power for power in range(18, 29))
@@ -90,15 +91,20 @@ def fresh_seconds(sizes: Sequence[int], device: torch.device) -> float:
         return 0.0
     # Less what the calls themselves cost, which pieces of one byte show. A difference of two figures that waver each:
     # the least of several, since it is to be a bound.
-    tries = [_fresh_beyond_writing(sizes) - _fresh_beyond_writing([1] * len(sizes)) for _ in range(3)]
+    tries = [
+        _fresh_beyond_writing(sizes, large_pages) - _fresh_beyond_writing([1] * len(sizes), large_pages)
+        for large_pages in (False, True, False, True)
+    ]
     return max(0.0, min(tries))
 
 
-def _fresh_beyond_writing(sizes: Sequence[int]) -> float:
+def _fresh_beyond_writing(sizes: Sequence[int], large_pages: bool) -> float:
     kept = [torch.empty(size, dtype=torch.uint8) for size in sizes]
 
     def fresh() -> None:
         for piece in [torch.empty(size, dtype=torch.uint8) for size in sizes]:
+            if large_pages:
+                prefer_large_pages(piece)
             piece.fill_(1)
 
     def again() -> None:

@@ -93,6 +93,13 @@ def activation_number(name: str) -> int:
     return _NUMBERS.index(_SAME.get(name, name))
 
 
+def prefer_large_pages(tensor: torch.Tensor) -> None:
+    """Asks for large pages under fresh memory that is about to be written, as the kernels do for what they return."""
+    module, _ = _load()
+    if module is not None:
+        module.prefer_large_pages(tensor.data_ptr(), tensor.nbytes)
+
+
 def rows(tensor: torch.Tensor) -> torch.Tensor:
     """`[T, D]` with the numbers of each row side by side; rows may lie apart."""
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,17 +51,18 @@ class Contender:
         for module in (*self.modules, *(self.sources or ())):
             module.train(training)
 
-    def call(self, passes: str, x: torch.Tensor, gradient: torch.Tensor) -> Callable[[], object]:
-        """What is timed.
+    def call(self, passes: str, batches: Sequence[torch.Tensor], gradient: torch.Tensor) -> Callable[[], object]:
+        """What is timed: each call takes the next batch, so that a tree's paths are not those of the call before.
 
         Args:
             passes: `forward` or `forward + backward`.
-            x: `[T, D]`; gradient: `[T, O]`, that of the output.
+            batches: `[T, D]` each; gradient: `[T, O]`, that of the output.
         """
-        x, gradient = x.to(self.dtype), gradient.to(self.dtype)
+        batches, gradient = [x.to(self.dtype) for x in batches], gradient.to(self.dtype)
         if passes != "forward":
-            return self._both(x.clone().requires_grad_(), gradient)
-        return self._into(x, gradient) if self.out is not None else self._forward(x)
+            return self._both(itertools.cycle([x.clone().requires_grad_() for x in batches]), gradient)
+        turns = itertools.cycle(batches)
+        return self._into(turns, gradient) if self.out is not None else self._forward(turns)
 
     def layer(self, index: int, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """The output of one layer, as it is timed."""
@@ -68,8 +70,9 @@ class Contender:
             y: torch.Tensor = self.modules[index](x) if self.out is None else self.out(self.modules[index], x, out)
         return y
 
-    def _forward(self, x: torch.Tensor) -> Callable[[], object]:
+    def _forward(self, turns: Iterator[torch.Tensor]) -> Callable[[], object]:
         def run() -> object:
+            x = next(turns)
             with torch.no_grad(), self.asked():
                 total = self.modules[0](x)
                 for module in self.modules[1:]:
@@ -78,11 +81,12 @@ class Contender:
 
         return run
 
-    def _into(self, x: torch.Tensor, like: torch.Tensor) -> Callable[[], object]:
+    def _into(self, turns: Iterator[torch.Tensor], like: torch.Tensor) -> Callable[[], object]:
         assert self.out is not None
         into, total, buffer = self.out, torch.empty_like(like), torch.empty_like(like)
 
         def run() -> object:
+            x = next(turns)
             with torch.no_grad(), self.asked():
                 into(self.modules[0], x, total)
                 for module in self.modules[1:]:
@@ -91,10 +95,11 @@ class Contender:
 
         return run
 
-    def _both(self, x: torch.Tensor, gradient: torch.Tensor) -> Callable[[], object]:
+    def _both(self, turns: Iterator[torch.Tensor], gradient: torch.Tensor) -> Callable[[], object]:
         def run() -> object:
             for module in self.modules:
                 module.zero_grad(set_to_none=True)
+            x = next(turns)
             x.grad = None
             with self.asked():
                 total = self.modules[0](x)

@@ -103,21 +103,23 @@ def _own(case: LayerCase, layers: list[FFN]) -> list[Contender]:
     return found
 
 
-def _inputs(case: LayerCase, layers: list[FFN], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random tokens `[T, D]` and a random gradient of the output `[T, O]`, the same ones every time.
+def _inputs(case: LayerCase, layers: list[FFN], tokens: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Batches of random tokens `[T, D]` and a random gradient of the output `[T, O]`, the same ones every time.
 
-    Of few tokens those are taken whose decisions are clear, where there are any: they can be compared.
+    Several batches take turns: with one, a tree would find the few rows of its paths in the nearest cache, which no
+    model would. Of few tokens those are taken whose decisions are clear, where there are any: they can be compared.
     """
     config = layers[0].config
     assert config.d_model and config.d_out
     random = torch.Generator().manual_seed(tokens)
-    few = tokens <= 64
-    x = torch.randn(tokens + 512 * few, config.d_model, generator=random)
+    few, batches = tokens <= 64, max(2, min(64, 512 // tokens))
+    x = torch.randn(batches * tokens + 512 * few, config.d_model, generator=random)
     if few:
         sure = decided(layers, x, case.torch_dtype)
-        x = x[torch.argsort((~sure).long(), stable=True)[:tokens]].contiguous()
+        x = x[torch.argsort((~sure).long(), stable=True)[: batches * tokens]]
     gradient = torch.randn(tokens, config.d_out, generator=random)
-    return (x.to(case.device, case.torch_dtype), gradient.to(case.device, case.torch_dtype))
+    x = x.to(case.device, case.torch_dtype)
+    return [batch.contiguous() for batch in x.split(tokens)], gradient.to(case.device, case.torch_dtype)
 
 
 def _rows(
@@ -130,7 +132,7 @@ def _rows(
     left_out: dict[str, str],
 ) -> list[dict[str, Any]]:
     """All that is measured at one size of the batch and one pass."""
-    x, gradient = _inputs(case, layers, tokens)
+    batches, gradient = _inputs(case, layers, tokens)
     here = [one for one in contenders if passes == "forward" or one.out is None]
     compared: dict[str, Compared | None] = {}
     calls: dict[str, Callable[[], object]] = {}
@@ -138,10 +140,10 @@ def _rows(
     for one in here:
         one.mode(passes != "forward")
         try:
-            call = one.call(passes, x, gradient)
+            call = one.call(passes, batches, gradient)
             if one.role == "peer":
                 _not_too_slow(one, call, passes, case.max_seconds)
-            compared[one.name] = check(one, passes, x, gradient)
+            compared[one.name] = check(one, passes, batches[0], gradient)
             call()
             alone[one.name] = _once(call)
             calls[one.name] = call
@@ -170,7 +172,7 @@ def _rows(
             limits = limits.at_least(rate if one.dtype == case.torch_dtype else 0.0)
     for layer in layers:
         layer.train(passes != "forward")
-    bounds = {fresh: bound(case, layers, x, passes, limits, fresh=fresh) for fresh in (True, False)}
+    bounds = {fresh: bound(case, layers, batches[0], passes, limits, fresh=fresh) for fresh in (True, False)}
     return _ratios(case, here, timings, compared, bounds, tokens, passes)
 
 
