@@ -36,7 +36,16 @@ def refused(done: subprocess.CompletedProcess, *words: str, code: int = 2) -> No
 
 
 @pytest.mark.parametrize(
-    "command", [[], *[[name] for name in COMMANDS], ["evaluate", "perplexity"], ["bench", "step"]], ids=str
+    "command",
+    [
+        [],
+        *[[name] for name in COMMANDS],
+        ["evaluate", "perplexity"],
+        ["bench", "step"],
+        ["experiment", "fff-table-1"],
+        ["experiment", "tree-ladder"],
+    ],
+    ids=str,
 )
 def test_help_has_an_example(command) -> None:
     result = CliRunner().invoke(cli, [*command, "--help"])
@@ -276,3 +285,32 @@ def test_nan_has_an_exit_code_of_its_own(text_file, tmp_path) -> None:
 
 def test_unknown_command() -> None:
     refused(run("pretrian"), "Did you mean 'pretrain'")
+
+
+def test_fff_table_1(tmp_path) -> None:
+    small = ("--width", 4, "--leaf-widths", 2, "--epochs", 1, "--seeds", 1, "--repairs", 0, "--no-timing")
+    done = run("experiment", "fff-table-1", *small, "--output", tmp_path / "runs", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["images"]["digits"]["rows"]
+    assert list(rows) == ["dense-4", "dense-3", "dense-2", "leaf-2", "moe-2"]
+    assert "leaf tree, leaf 2, depth 1" in (tmp_path / "runs" / "table.md").read_text()
+    refused(run("experiment", "fff-table-1"), "--output is missing")
+    refused(run("experiment", "fff-table-1", "--images", "digit", "--output", tmp_path / "no"), "Did you mean 'digits'")
+    refused(
+        run("experiment", "fff-table-1", "--leaf-widths", 3, "--output", tmp_path / "no"), "leaf width 3 does not fit"
+    )
+    refused(
+        run("experiment", "fff-table-1", *small, "--epochs", 2, "--output", tmp_path / "runs"), "epochs was 1, now 2"
+    )
+
+
+def test_tree_ladder(text_file, tmp_path) -> None:
+    small = ("--layers", 1, "--d-model", 16, "--heads", 2, "--sequence", 16, "--tokenizer", "train:300", "--steps", 4)
+    rhythm = ("--warmup-steps", 1, "--evaluate-every", 2, "--checkpoint-every", 4)
+    rungs = ("--rungs", "tree-24x2", "--no-timing", "--output", tmp_path / "runs", "--json")
+    done = run("experiment", "tree-ladder", "--data", text_file, *small, *rhythm, *rungs)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rungs"]["tree-24x2"]["active"] == 72
+    refused(run("experiment", "tree-ladder", "--rungs", "tree", "--output", tmp_path / "no"), "Unknown rung 'tree'")
+    refused(run("experiment", "tree-ladder", "--ffn", "moe", "--output", tmp_path / "no"), "chooses the FFNs itself")
+    refused(run("experiment", "tree-ladder"), "--output is missing")

@@ -211,3 +211,16 @@ def test_what_is_not_published_weights_is_refused(state: dict, depth: int | None
     with pytest.raises(FastFFNError, match=words) as caught:
         NeuronTreeFFN.from_ultrafastbert(state, depth=depth)
     assert isinstance(caught.value, (CheckpointError, ConfigError))
+
+
+def test_starts() -> None:
+    torch.manual_seed(0)
+    ffn = build("neuron_tree", d_model=64, depth=6, trees=4, start="normal")
+    for weight in (ffn.w_in, ffn.w_out):
+        assert float(weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+    assert not ffn.b_in.any()
+    published = build("neuron_tree", d_model=64, depth=6, trees=4)
+    assert float(published.w_in.detach().abs().max()) == pytest.approx(1 / 8, rel=0.01)
+    assert float(published.w_out.detach().abs().max()) == pytest.approx(28**-0.5, rel=0.01)
+    with pytest.raises(ConfigError, match="start is 'gpt'; it must be one of published, normal"):
+        NeuronTreeConfig(start="gpt")

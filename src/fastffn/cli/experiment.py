@@ -80,7 +80,7 @@ add_run_options(wikitext_2)
     "--leaf-widths", type=int, multiple=True, default=(8, 4, 2, 1), show_default=True, help="One leaf tree each."
 )
 @click.option("--epochs", type=int, help="Passes over the training images.  [default: 150 digits, 40 usps, 15 mnist]")
-@click.option("--repairs/--no-repairs", default=True, help="Repair the first leaf width's tree.  [default: yes]")
+@click.option("--repairs", type=int, help="Seeds of the first leaf width's repaired trees; 0: none.  [default: all]")
 @click.option(
     "--timing/--no-timing", default=True, help="Time inference; no: leave it to a later call.  [default: yes]"
 )
@@ -92,7 +92,7 @@ def fff_table_1(
     width: int,
     leaf_widths: tuple[int, ...],
     epochs: int | None,
-    repairs: bool,
+    repairs: int | None,
     timing: bool,
     as_json: bool,
 ) -> None:

@@ -94,7 +94,8 @@ def _file(name: str) -> Mapping[str, numpy.ndarray]:
         )
     path = folder / FILES[name]
     try:
-        with numpy.load(path, allow_pickle=False) as file:
+        # Opened here: of a damaged file numpy would leave its own handle open.
+        with path.open("rb") as handle, numpy.load(handle, allow_pickle=False) as file:
             arrays = {array: file[array] for array in ARRAYS}
     except FileNotFoundError:
         raise DataError(

@@ -34,7 +34,7 @@ def fff_table(
     width: int = 128,
     leaf_widths: tuple[int, ...] = (8, 4, 2, 1),
     epochs: int | None = None,
-    repairs: bool = True,
+    repairs: int | None = None,
     timing: bool = True,
 ) -> dict[str, Any]:
     """Makes the table; the same call goes on with what was interrupted.
@@ -46,7 +46,7 @@ def fff_table(
         width: training width.
         leaf_widths: one leaf tree each; the first is the one that is repaired.
         epochs: of training; None: `EPOCHS` of the data set.
-        repairs: whether to train the repaired trees too.
+        repairs: number of seeds of the repaired trees; 0: none, None: as many as of the others.
         timing: whether to time inference, where that has not been done yet.
 
     Returns:
@@ -63,16 +63,24 @@ def fff_table(
         raise ConfigError("leaf_widths is empty; give at least one, such as 8.")
     # What is wrong with one data set shall not show itself after the other has been trained on.
     sets = {name: read_images(name) for name in images}
-    rows = {name: _rows(found, epochs, width, leaf_widths, repairs) for name, found in sets.items()}
-    result: dict[str, Any] = {"width": width, "leaf_widths": list(leaf_widths), "seeds": seeds, "images": {}}
+    repairs = seeds if repairs is None else repairs
+    if not 0 <= repairs <= seeds:
+        raise ConfigError(f"repairs is {repairs}; it must be from 0 to the number of seeds, {seeds}.")
+    rows: dict[str, list[tuple[Row, int]]] = {}
+    for name, found in sets.items():
+        recipe = Recipe(epochs=EPOCHS[name] if epochs is None else epochs)
+        kept = [(row, seeds) for row in published_rows(found, recipe, width=width, leaf_widths=leaf_widths)]
+        repaired = repaired_rows(found, recipe, width=width, leaf=leaf_widths[0]) if repairs else []
+        rows[name] = kept + [(row, repairs) for row in repaired]
+    result: dict[str, Any] = {"width": width, "leaf_widths": list(leaf_widths), "images": {}}
     with opened(output, {"experiment": "fff-table-1", "width": width, "epochs": epochs}) as cells:
         for name in sets:
-            kept = {row.name: _facts(row) for row in rows[name]}
-            result["images"][name] = {"rows": kept, "published": PUBLISHED.get(name, {}) if width == 128 else {}}
+            facts = {row.name: _facts(row) for row, _ in rows[name]}
+            result["images"][name] = {"rows": facts, "published": PUBLISHED.get(name, {}) if width == 128 else {}}
         # One seed of everything, then the next: what is interrupted is a table with fewer seeds.
         for seed in range(seeds):
             for name, found in sets.items():
-                for row in rows[name]:
+                for row in (row for row, count in rows[name] if seed < count):
                     cell = cells.get(f"{name}-{row.name}-seed-{seed}", partial(_train, row, found, seed))
                     result["images"][name]["rows"][row.name]["seeds"].append(cell)
         for name, found in sets.items() if timing else ():
@@ -89,12 +97,6 @@ def fff_table(
 
 # Enough for the training accuracy to stand still, in minutes.
 EPOCHS = {"digits": 150, "usps": 40, "mnist": 15}
-
-
-def _rows(images: Images, epochs: int | None, width: int, leaf_widths: tuple[int, ...], repairs: bool) -> list[Row]:
-    recipe = Recipe(epochs=epochs or EPOCHS[images.name])
-    rows = published_rows(images, recipe, width=width, leaf_widths=leaf_widths)
-    return rows + (repaired_rows(images, recipe, width=width, leaf=leaf_widths[0]) if repairs else [])
 
 
 def _train(row: Row, images: Images, seed: int) -> dict[str, Any]:
@@ -123,7 +125,7 @@ def report(result: dict[str, Any]) -> str:
     for name, found in result["images"].items():
         lines += [f"## {name}", "", table(found), ""]
     lines += [
-        f"Training width {result['width']}, {result['seeds']} seed(s), mean and standard deviation, accuracies in "
+        f"Training width {result['width']}; mean and standard deviation over the seeds; accuracies in "
         "percent with hard decisions. Memorisation: of the training part, the best of all epochs. Generalisation: of "
         "the test images, at the epoch with the best accuracy on a tenth of the training images that was held out. "
         "Active: hidden neurons that an image meets, with the nodes of a tree and the scores of a router. Published: "
@@ -152,6 +154,7 @@ def table(found: dict[str, Any]) -> str:
             (
                 row["title"],
                 row["active"],
+                len(row["seeds"]),
                 _mean(row["seeds"], "memorisation"),
                 _mean(row["seeds"], "generalisation"),
                 found["published"].get(name, ""),
@@ -161,7 +164,7 @@ def table(found: dict[str, Any]) -> str:
                 *speeds,
             )
         )
-    headers = ["FFN", "active", "memorisation", "generalisation", "published", "% in the busiest leaf"]
+    headers = ["FFN", "active", "seeds", "memorisation", "generalisation", "published", "% in the busiest leaf"]
     if inference is not None:
         headers += [f"x as fast, {timed['images']} image(s)" for timed in inference["batches"]]
     alignment = ("left",) + ("right",) * (len(headers) - 1)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fastffn.nn.leaf_tree import LeafTreeFFN
 from fastffn.nn.usage import occurrences
 from fastffn.ops.activations import get_activation
+from fastffn.ops.leaf_mixture.reference import path_weights
 
 
 def leaf_outputs(ffn: LeafTreeFFN, x: torch.Tensor) -> torch.Tensor:
@@ -34,7 +35,11 @@ def leaf_losses(ffn: LeafTreeFFN, x: torch.Tensor, labels: torch.Tensor) -> torc
         x: `[T, D]`.
         labels: `[T]`.
     """
-    config, weights, y = ffn.config, ffn.leaf_weights(x), leaf_outputs(ffn, x)
+    config, scores, y = ffn.config, ffn.node_scores(x), leaf_outputs(ffn, x)
+    if config.region_leak:
+        # 1 - sigmoid(s) is sigmoid(-s): a decision is turned round by its score's sign.
+        scores = torch.where(torch.rand_like(scores) < config.region_leak, -scores, scores)
+    weights = path_weights(scores)
     wrong = F.cross_entropy(y.flatten(0, 1), labels.repeat_interleave(config.leaves), reduction="none")
     loss = (weights * wrong.view_as(weights)).sum(1).mean()
     if config.hardening_weight:
