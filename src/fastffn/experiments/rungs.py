@@ -57,6 +57,8 @@ def ladder() -> dict[str, Rung]:
         _dense(756, "total width of 12x5"),
         _dense(4088, "total width of 8x8"),
         _tree(8, 8, "straight-through", "-straight", straight_through=True),
+        _tree(24, 2, "start like GPT-2's", "-start", start="normal"),
+        _tree(12, 5, "start like GPT-2's", "-start", start="normal"),
         _tree(8, 8, "start like GPT-2's", "-start", start="normal"),
         _tree(8, 8, "trees at 3 x the rate", "-fast", 3.0),
         _tree(8, 8, "trees at 1/3 of the rate", "-slow", 1 / 3),
@@ -71,6 +73,7 @@ def ladder() -> dict[str, Rung]:
         ),
         _dense(12, "active width of 1x11"),
         _tree(1, 11, "UltraFastBERT's 1x11"),
+        _tree(1, 11, "start like GPT-2's", "-start", start="normal"),
         _dense(640, "active width of 128x4"),
         _tree(128, 4, "UltraFastBERT's 128x4"),
         # The comparison partners, whose choices have a gradient and are balanced.
