@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fastffn.errors import CheckpointError, OutputError
-from fastffn.experiments.cells import opened
+from fastffn.experiments.cells import opened, together
 
 
 def test_a_finished_cell_is_not_made_again(tmp_path) -> None:
@@ -52,3 +52,8 @@ def test_a_corrupt_cell_is_named(tmp_path) -> None:
         (tmp_path / "cells" / "a.json").write_text("{")
         with pytest.raises(CheckpointError, match=r"a\.json is unreadable"):
             cells.get("a", dict)
+
+
+def test_what_compares_other_things_is_another_cell() -> None:
+    assert together("seconds", ["a", "b"]) == together("seconds", ("a", "b"))
+    assert len({together("seconds", parts) for parts in (["a"], ["a", "b"], ["b", "a"])}) == 3

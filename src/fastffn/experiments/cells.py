@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ class Cells:
         if not path.is_file():
             write_json(path, make())
         return read_json(path)
+
+
+def together(name: str, parts: Iterable[str]) -> str:
+    """The name of a cell that compares `parts`: another one where more or fewer are compared."""
+    return f"{name}-{zlib.crc32(' '.join(parts).encode()):08x}"
 
 
 @contextlib.contextmanager

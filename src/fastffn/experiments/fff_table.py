@@ -18,7 +18,7 @@ from tabulate import tabulate
 from fastffn.convert.files import write_json, write_text
 from fastffn.data.images import Images, read_images
 from fastffn.errors import ConfigError
-from fastffn.experiments.cells import opened
+from fastffn.experiments.cells import opened, together
 from fastffn.experiments.classify import Recipe, train_classifier
 from fastffn.experiments.fff_cells import PUBLISHED, Row, published_rows, repaired_rows
 from fastffn.experiments.inference_time import time_inference
@@ -88,7 +88,7 @@ def fff_table(
             timed = published_rows(found, Recipe(), width=width, leaf_widths=leaf_widths)
             configs = {row.name: row.config for row in timed}
             make = partial(time_inference, configs, found.test, baseline=f"dense-{width}")
-            result["images"][name]["inference"] = cells.get(f"{name}-inference", make)
+            result["images"][name]["inference"] = cells.get(together(f"{name}-inference", configs), make)
         result["machine"] = describe_machine()
         write_json(output / "result.json", result)
         write_text(output / "table.md", report(result))

@@ -18,7 +18,7 @@ from tabulate import tabulate
 from fastffn.convert.files import new_directory, write_json, write_text
 from fastffn.convert.fresh import fresh_gpt2
 from fastffn.errors import ConfigError, did_you_mean
-from fastffn.experiments.cells import opened
+from fastffn.experiments.cells import opened, together
 from fastffn.experiments.inference_time import check
 from fastffn.experiments.rungs import Rung, ladder
 from fastffn.experiments.tree_usage import tree_usage
@@ -76,7 +76,7 @@ def tree_ladder(
                 run = output / "runs" / f"{rung.name}-seed-{seed}"
                 cell = cells.get(f"{rung.name}-seed-{seed}", partial(_train, rung, run_of(config, rung, seed), run))
                 found[rung.name]["seeds"].append(cell)
-        steps = cells.get("step-seconds", partial(_time, chosen, config)) if timing else None
+        steps = cells.get(together("step-seconds", found), partial(_time, chosen, config)) if timing else None
         result = {
             "config": {name: value for name, value in settings.items() if name != "experiment"},
             "seeds": seeds,
