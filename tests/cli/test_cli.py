@@ -38,7 +38,15 @@ def refused(done: subprocess.CompletedProcess, *words: str, code: int = 2) -> No
 
 @pytest.mark.parametrize(
     "command",
-    [[], *[[name] for name in COMMANDS], ["evaluate", "perplexity"], ["bench", "step"], ["bench", "layer"]],
+    [
+        [],
+        *[[name] for name in COMMANDS],
+        ["evaluate", "perplexity"],
+        ["bench", "step"],
+        ["bench", "layer"],
+        ["experiment", "fff-table-1"],
+        ["experiment", "tree-ladder"],
+    ],
     ids=str,
 )
 def test_help_has_an_example(command) -> None:
@@ -327,3 +335,34 @@ def test_nan_has_an_exit_code_of_its_own(text_file, tmp_path) -> None:
 
 def test_unknown_command() -> None:
     refused(run("pretrian"), "Did you mean 'pretrain'")
+
+
+def asked(*arguments: object):
+    """A command in this process: a new one takes seconds to load torch."""
+    return CliRunner().invoke(cli, ["experiment", *map(str, arguments)])
+
+
+def test_fff_table_1(tmp_path) -> None:
+    output = ("--output", tmp_path / "runs")
+    small = ("--width", 4, "--leaf-widths", 2, "--epochs", 1, "--seeds", 1, "--repairs", 0, "--no-timing")
+    done = asked("fff-table-1", *small, *output, "--json")
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads(done.stdout)["images"]["digits"]["rows"]
+    assert list(rows) == ["dense-4", "dense-3", "dense-2", "leaf-2", "moe-2"]
+    assert "leaf tree, leaf 2, depth 1" in (tmp_path / "runs" / "table.md").read_text()
+    assert "epochs was 1, now 2" in str(asked("fff-table-1", *small, "--epochs", 2, *output).exception)
+    assert "--output is missing" in str(asked("fff-table-1").exception)
+    refused(run("experiment", "fff-table-1", "--images", "digit", "--output", tmp_path / "no"), "Did you mean 'digits'")
+
+
+def test_tree_ladder(text_file, tmp_path) -> None:
+    small = ("--layers", 1, "--d-model", 16, "--heads", 2, "--sequence", 16, "--tokenizer", "train:300", "--steps", 4)
+    rhythm = ("--warmup-steps", 1, "--evaluate-every", 2, "--checkpoint-every", 4)
+    rungs = ("--rungs", "tree-24x2", "--no-timing", "--output", tmp_path / "runs", "--json")
+    done = asked("tree-ladder", "--data", text_file, *small, *rhythm, *rungs)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["rungs"]["tree-24x2"]["active"] == 72
+    no = ("--output", tmp_path / "no")
+    assert "chooses the FFNs itself" in str(asked("tree-ladder", "--ffn", "moe", *no).exception)
+    assert "--output is missing" in str(asked("tree-ladder").exception)
+    refused(run("experiment", "tree-ladder", "--rungs", "tree", *no), "Unknown rung 'tree'")

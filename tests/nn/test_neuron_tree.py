@@ -221,3 +221,16 @@ def test_margins_are_the_smallest_scores_that_decide() -> None:
     expected = [min(abs(float(scores[p, t, level])) for p in range(3) for level in range(2)) for t in range(20)]
     assert ffn.decision_margins(x).tolist() == expected
     assert build("neuron_tree", d_model=6, depth=0).decision_margins(x.float()).isinf().all()
+
+
+def test_starts() -> None:
+    torch.manual_seed(0)
+    ffn = build("neuron_tree", d_model=64, depth=6, trees=4, start="normal")
+    for weight in (ffn.w_in, ffn.w_out):
+        assert float(weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+    assert not ffn.b_in.any()
+    published = build("neuron_tree", d_model=64, depth=6, trees=4)
+    assert float(published.w_in.detach().abs().max()) == pytest.approx(1 / 8, rel=0.01)
+    assert float(published.w_out.detach().abs().max()) == pytest.approx(28**-0.5, rel=0.01)
+    with pytest.raises(ConfigError, match="start is 'gpt'; it must be one of published, normal"):
+        NeuronTreeConfig(start="gpt")

@@ -67,3 +67,103 @@ def wikitext_2(
 
 
 add_run_options(wikitext_2)
+
+
+@command.command(name="fff-table-1")
+@click.option("--output", type=click.Path(path_type=Path), help="Directory of all results, created or continued.")
+@click.option(
+    "--images", multiple=True, default=("digits",), show_default=True, help="digits, mnist or usps; may be repeated."
+)
+@click.option("--seeds", type=int, default=3, show_default=True, help="Number of seeds.")
+@click.option("--width", type=int, default=128, show_default=True, help="Hidden neurons in training.")
+@click.option(
+    "--leaf-widths", type=int, multiple=True, default=(8, 4, 2, 1), show_default=True, help="One leaf tree each."
+)
+@click.option("--epochs", type=int, help="Passes over the training images.  [default: 150 digits, 40 usps, 15 mnist]")
+@click.option("--repairs", type=int, help="Seeds of the first leaf width's repaired trees; 0: none.  [default: all]")
+@click.option(
+    "--timing/--no-timing", default=True, help="Time inference; no: leave it to a later call.  [default: yes]"
+)
+@json_option
+def fff_table_1(
+    output: Path | None,
+    images: tuple[str, ...],
+    seeds: int,
+    width: int,
+    leaf_widths: tuple[int, ...],
+    epochs: int | None,
+    repairs: int | None,
+    timing: bool,
+    as_json: bool,
+) -> None:
+    """Leaf trees as image classifiers: the FFF paper's Table 1, with the rows it lacks and the known repairs.
+
+    The digits come with scikit-learn; mnist and usps are read from the folder that FASTFFN_DATA_DIR names
+    (vision/mnist.npz, vision/usps.npz). The same command goes on with what was interrupted.
+
+    Example: fastffn experiment fff-table-1 --images digits --seeds 1 --output runs/fff-table-1
+    """
+    if output is None:
+        raise ConfigError("--output is missing; name a directory for the results, such as runs/fff-table-1.")
+    from fastffn.experiments.fff_table import fff_table, report
+
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        result = fff_table(
+            output,
+            images=images,
+            seeds=seeds,
+            width=width,
+            leaf_widths=leaf_widths,
+            epochs=epochs,
+            repairs=repairs,
+            timing=timing,
+        )
+        click.echo(f"\n{report(result)}\nTable: {output / 'table.md'}")
+    if as_json:
+        click.echo(json.dumps(result))
+
+
+@command.command(name="tree-ladder")
+@click.option("--output", type=click.Path(path_type=Path), help="Directory of all runs, created or continued.")
+@click.option("--seeds", type=int, default=1, show_default=True, help="Number of seeds.")
+@click.option("--rungs", multiple=True, help="Name of a rung, such as tree-8x8; may be repeated.  [default: all]")
+@click.option("--timing/--no-timing", default=True, help="Time steps; no: leave it to a later call.  [default: yes]")
+@json_option
+@click.pass_context
+def tree_ladder(
+    ctx: click.Context,
+    output: Path | None,
+    seeds: int,
+    rungs: tuple[str, ...],
+    timing: bool,
+    preset: str,
+    config_file: Path | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Neuron trees in a small GPT-2, from dense to one deep tree: what depth buys at equal active neurons.
+
+    The runs are those of `fastffn pretrain`, with the same options but for the FFN, which the ladder chooses (preset:
+    small). The same command goes on with what was interrupted.
+
+    Example: fastffn experiment tree-ladder --rungs dense-72 --rungs tree-8x8 --output runs/ladder
+    """
+    config = run_config(ctx, preset, config_file, flags)
+    if output is None:
+        raise ConfigError("--output is missing; name a directory for the runs, such as runs/ladder.")
+    from transformers.utils import logging
+
+    from fastffn.experiments.tree_ladder import report
+    from fastffn.experiments.tree_ladder import tree_ladder as climb
+    from fastffn.train import processes
+
+    logging.disable_progress_bar()
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        result = climb(config, output, seeds=seeds, rungs=rungs, timing=timing)
+        processes.say(f"\n{report(result)}\nTable: {output / 'table.md'}")
+    if as_json and processes.is_main():
+        click.echo(json.dumps(result))
+    processes.leave()
+
+
+add_run_options(tree_ladder, preset="small")

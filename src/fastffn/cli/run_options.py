@@ -13,10 +13,10 @@ from fastffn.errors import ConfigError, did_you_mean
 from fastffn.train.config import PRESETS, PretrainConfig, ffn_option_types, get_preset, start_fields
 
 
-def add_run_options(command: click.Command) -> None:
-    """Adds `--preset`, `--config`, and a flag for every field."""
+def add_run_options(command: click.Command, *, preset: str = "demo") -> None:
+    """Adds `--preset`, which is `preset` by default, `--config`, and a flag for every field."""
     command.params.append(
-        click.Option(["--preset"], default="demo", show_default=True, help=f"One of {', '.join(PRESETS)}.")
+        click.Option(["--preset"], default=preset, show_default=True, help=f"One of {', '.join(PRESETS)}.")
     )
     command.params.append(
         click.Option(["--config", "config_file"], type=click.Path(path_type=Path), help="YAML file of fields.")

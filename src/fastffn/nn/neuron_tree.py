@@ -25,6 +25,10 @@ from fastffn.registry import register_ffn
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+STARTS = ("published", "normal")
+# Standard deviation of GPT-2's start values.
+NORMAL = 0.02
+
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronTreeConfig(FFNConfig):
@@ -36,12 +40,15 @@ class NeuronTreeConfig(FFNConfig):
         trees: number of trees, whose outputs are added.
         shared: hidden width of a dense FFN that every token goes through beside the trees; 0 for none.
         straight_through: whether decisions get a gradient, as if they had been weights sigmoid(s) and 1 - sigmoid(s).
+        start: start values: `published` (uniform +-1/sqrt(D), w_out +-1/sqrt((depth + 1) trees)) or `normal` (standard
+            deviation 0.02, biases zero, as in GPT-2: a smaller first output).
     """
 
     depth: int = 11
     trees: int = 1
     shared: int = 0
     straight_through: bool = False
+    start: str = "published"
 
     def __post_init__(self) -> None:
         """See `FFNConfig.__post_init__`."""
@@ -54,6 +61,8 @@ class NeuronTreeConfig(FFNConfig):
             raise ConfigError(
                 f"depth is {self.depth}; it must be at most {MAX_DEPTH}, so that numbers of nodes fit 32 bits."
             )
+        if self.start not in STARTS:
+            raise ConfigError(f"start is '{self.start}'; it must be one of {', '.join(STARTS)}.")
 
     @property
     def neurons(self) -> int:
@@ -92,7 +101,7 @@ class NeuronTreeFFN(FFN[NeuronTreeConfig]):
     Shapes:
         x: `[..., D]`; returns `[..., O]` in the dtype of the parameters.
         w_in: `[P, N, D]`; b_in: `[P, N]`; w_out: `[P, N, O]`; with `shared` also `shared.*`, a `dense` FFN.
-    Start values: uniform +-1/sqrt(D), w_out +-1/sqrt((depth + 1) P), as published.
+    Start values: uniform +-1/sqrt(D), w_out +-1/sqrt((depth + 1) P), as published, or normal (`start`).
 
     Raises:
         ShapeError: the last axis of `x` is not D.
@@ -123,7 +132,12 @@ class NeuronTreeFFN(FFN[NeuronTreeConfig]):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the published start values for the trees."""
+        """Draws the start values of the trees."""
+        if self.config.start == "normal":
+            nn.init.normal_(self.w_in, std=NORMAL)
+            nn.init.zeros_(self.b_in)
+            nn.init.normal_(self.w_out, std=NORMAL)
+            return
         start = 1 / math.sqrt(self.w_in.shape[2])
         nn.init.uniform_(self.w_in, -start, start)
         nn.init.uniform_(self.b_in, -start, start)

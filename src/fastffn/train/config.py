@@ -284,6 +284,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dense_learning_rate": 1e-3,
         "factor_learning_rate": 1.4e-3,
     },
+    # A minute or so a model on one core, for tables of many models (fastffn experiment tree-ladder).
+    "small": {
+        "tokenizer": "train:2048",
+        "ffn": "dense",
+        "layers": 2,
+        "d_model": 128,
+        "sequence": 128,
+        "batch": 8,
+        "steps": 500,
+        "learning_rate": 2e-3,
+        "evaluate_every": 100,
+        "checkpoint_every": 500,
+        "validation_blocks": 512,
+    },
     # GPT-2 small as it is trained today; some 2.6 thousand million tokens.
     "gpt2-small": {
         "data": "",
