@@ -28,8 +28,8 @@ def test_a_working_set_is_as_fast_as_the_next_smaller_one_measured() -> None:
 
 
 def test_fresh_memory_costs_what_exceeds_writing_it(monkeypatch) -> None:
-    # (taken fresh, written again) of the pieces, then of pieces of one byte; four times, with small pages and with large, of
-    # which the least counts.
+    # (taken fresh, written again) of the pieces, then of pieces of one byte; four times, with small pages and with
+    # large, of which the least counts.
     seconds = iter([9.0, 4.0, 0.5, 0.25, 7.0, 4.0, 0.5, 0.25, 8.0, 4.0, 0.5, 0.25, 9.0, 4.0, 0.5, 0.25])
     monkeypatch.setattr(module, "_best", lambda run, size: next(seconds))
     assert fresh_seconds([10, 20], CPU) == 7 - 4 - 0.25
