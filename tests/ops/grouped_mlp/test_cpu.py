@@ -18,6 +18,7 @@ from fastffn.ops.dispatch import select, use_backend
 from fastffn.ops.grouped_mlp import reference, routes, torch_grouped
 from fastffn.ops.grouped_mlp.cpu import IMPL
 from tests.ops.grouped_mlp.test_grouped_mlp import NAMES, call, check, drawn
+from tests.ops.isa import instruction_set
 
 pytestmark = pytest.mark.skipif(not cpu.instruction_sets(), reason="fastffn was built without a C++ compiler")
 every_isa = pytest.mark.parametrize("isa", cpu.instruction_sets())
@@ -62,8 +63,7 @@ def run(index: torch.Tensor, tensors: dict, backward: Any = IMPL.backward) -> li
 )
 def test_agrees_with_the_definition(isa, T, E, D, W, O, bias, gated, dtype, activation, seed) -> None:  # noqa: E741
     index, tensors = drawn(T, E, D, W, O, bias=bias, gated=gated, dtype=dtype, seed=seed)
-    with pytest.MonkeyPatch.context() as patch, use_backend("cpu"):
-        patch.setenv("FASTFFN_CPU_ISA", isa)
+    with instruction_set(isa), use_backend("cpu"):
         check(index, tensors, activation)
 
 
@@ -72,10 +72,9 @@ def test_agrees_with_the_definition(isa, T, E, D, W, O, bias, gated, dtype, acti
 @pytest.mark.parametrize(
     "shape", [(3, 2, 770, 257, 401), (700, 3, 401, 130, 770), (1300, 1, 9, 600, 5), (40, 64, 50, 3, 6)]
 )
-def test_several_blocks_of_depth_columns_and_tokens(isa, shape, gated, monkeypatch) -> None:
-    monkeypatch.setenv("FASTFFN_CPU_ISA", isa)
+def test_several_blocks_of_depth_columns_and_tokens(isa, shape, gated) -> None:
     index, tensors = drawn(*shape, gated=gated, dtype=torch.float32)
-    with use_backend("cpu"):
+    with instruction_set(isa), use_backend("cpu"):
         check(index, tensors)
 
 
@@ -250,8 +249,8 @@ def test_large_products_of_bfloat16_are_left_to_instructions_of_their_own(monkey
     assert select("grouped_mlp", OPS["grouped_mlp"].impls, example) is IMPL
 
 
-def test_an_unknown_instruction_set_is_refused(monkeypatch) -> None:
-    monkeypatch.setenv("FASTFFN_CPU_ISA", "avx51")
+def test_an_unknown_instruction_set_is_refused() -> None:
     index, tensors = drawn(3, 2, 4, 4, 4, dtype=torch.float32)
-    with use_backend("cpu"), pytest.raises(BackendError, match="FASTFFN_CPU_ISA is 'avx51'"):
+    words = "FASTFFN_CPU_ISA is 'avx51'"
+    with instruction_set("avx51"), use_backend("cpu"), pytest.raises(BackendError, match=words):
         grouped_mlp(tensors["x"], index, *(tensors[name] for name in NAMES[1:]))

@@ -246,6 +246,8 @@ def test_what_is_no_number_stays_in_its_token(impl) -> None:
 )
 def test_bad_values_stay_in_their_token(T, E, D, W, O, bias, gated, dtype, impl, bad, where) -> None:  # noqa: E741
     """The output of the other tokens, and the gradient that they get, are what they were."""
+    if impl == "cpu" and dtype == torch.float64:  # which it refuses
+        dtype = torch.float32
     index, tensors = drawn(T, E, D, W, O, bias=bias, gated=gated, dtype=dtype, seed=where)
     probe = torch.randn(T, O, generator=torch.Generator().manual_seed(where)).to(dtype)
     token, column = where % T, where // T % D

@@ -5,8 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from fastffn.ops.dispatch import use_backend
 from fastffn.ops.neuron_tree import NEURON_TREE
 from fastffn.ops.neuron_tree.cpu import IMPL
 from fastffn.ops.neuron_tree.request import Request
+from tests.ops.isa import instruction_set
 from tests.ops.neuron_tree.cases import Case, make
 from tests.ops.neuron_tree.test_backends import agrees
 
@@ -32,17 +31,6 @@ def threads_as_they_were():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-
-
-@contextmanager
-def instruction_set(name: str) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTFFN_CPU_ISA", name)
-        cpu.compiled.cache_clear()
-        try:
-            yield
-        finally:
-            cpu.compiled.cache_clear()
 
 
 def run(case: Case) -> list[torch.Tensor]:
