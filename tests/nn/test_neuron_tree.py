@@ -218,6 +218,7 @@ def test_margins_are_the_smallest_scores_that_decide() -> None:
     ffn = build("neuron_tree", d_model=6, depth=2, trees=3).double()
     x = torch.randn(20, 6, dtype=torch.float64)
     _, scores, _ = reference.neuron_tree(x, ffn.w_in, ffn.b_in, ffn.w_out)
+    scores = scores.detach()
     expected = [min(abs(float(scores[p, t, level])) for p in range(3) for level in range(2)) for t in range(20)]
     assert ffn.decision_margins(x).tolist() == expected
     assert build("neuron_tree", d_model=6, depth=0).decision_margins(x.float()).isinf().all()
