@@ -14,7 +14,7 @@ from fastffn.bench.layer import LayerCase, bench_layer, peers, run
 from fastffn.bench.layer.bound import bound, multiply_adds, visited_bytes
 from fastffn.bench.layer.check import check, decided
 from fastffn.bench.layer.contender import Contender
-from fastffn.bench.layer.dense import dense_config, dense_contenders, widths
+from fastffn.bench.layer.dense import PackedDense, dense_config, dense_contenders, widths
 from fastffn.bench.layer.report import format_layer, plot_layer, shown
 from fastffn.errors import BackendError, ConfigError, FastFFNError, KindError, MeasurementError
 from fastffn.measure.limits import Limits
@@ -92,7 +92,7 @@ def test_ratios_are_those_of_the_medians_and_the_baseline_is_the_fastest_dense()
     group = [row for row in result["rows"] if (row["tokens"], row["passes"]) == (70, "forward")]
     dense = {row["name"]: row for row in group if row["role"] == "dense"}
     same = {name: row for name, row in dense.items() if row["stands_for"] == "total" and row["dtype"] == "bfloat16"}
-    assert set(same) == {"dense 15", "dense 15, out="}
+    assert set(same) - {"dense 15, oneDNN"} == {"dense 15", "dense 15, out="}
     fastest = min(same.values(), key=lambda row: row["seconds"]["median"])
     any_dtype = min(
         (row for row in dense.values() if row["stands_for"] == "total"), key=lambda row: row["seconds"]["median"]
@@ -286,6 +286,23 @@ def test_the_mode_that_draws_at_random_is_not_compared() -> None:
     assert gates["forward"]["tokens"] > 0 and gates["forward + backward"] is None
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu"])
+def test_packed_dense_is_the_dense_ffn(activation: str) -> None:
+    ffn = fastffn.build("dense", d_model=D, d_hidden=40, activation=activation)
+    if not PackedDense.takes(ffn, torch.float32, "cpu"):
+        pytest.skip("torch was built without oneDNN")
+    packed = PackedDense(ffn)
+    for tokens in (1, 7, 30, 7):
+        x = torch.randn(tokens, D)
+        with torch.no_grad():
+            torch.testing.assert_close(packed(x), ffn(x))
+    with pytest.raises(RuntimeError, match="no backward"):
+        packed(x)
+    gated = fastffn.build("dense", d_model=D, d_hidden=40, gated=True)
+    assert not PackedDense.takes(gated, torch.float32, "cpu")
+    assert not PackedDense.takes(ffn, torch.float16, "cpu")
+
+
 def test_few_tokens_are_such_whose_decisions_are_clear() -> None:
     case = case_of(fields={"depth": 9}, dtype="bf16")
     layers = case.build()
@@ -417,4 +434,5 @@ def test_a_compiler_that_fails_is_left_out(monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", broken)
     result = bench_layer(case_of(tokens=(3,), passes="forward", compiled=True))
     assert result["left_out"]["dense 15, compiled, 3 tokens, forward"] == "no compiler"
-    assert names(result, "dense") == ["dense 15", "dense 64", "dense 4"]
+    found = [name for name in names(result, "dense") if "oneDNN" not in name]
+    assert found == ["dense 15", "dense 64", "dense 4"]

@@ -100,6 +100,11 @@ def prefer_large_pages(tensor: torch.Tensor) -> None:
         module.prefer_large_pages(tensor.data_ptr(), tensor.nbytes)
 
 
+def address(tensor: torch.Tensor | None) -> int:
+    """Where the numbers of a tensor begin; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def rows(tensor: torch.Tensor) -> torch.Tensor:
     """`[T, D]` with the numbers of each row side by side; rows may lie apart."""
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()

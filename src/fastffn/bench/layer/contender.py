@@ -27,6 +27,7 @@ class Contender:
         bounded: whether the bound of the FFN that is measured holds for this too: it computes the same function.
         backend: is asked for while it runs.
         out: a layer's forward pass into memory that is given, `(module, x, out) -> out`; None: into fresh memory.
+        inference_only: whether it has no backward pass.
         facts: further entries for the result.
         too_slow: passes for which it was found too slow to be measured.
     """
@@ -39,6 +40,7 @@ class Contender:
     backend: str | None = None
     out: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     dtype: torch.dtype = torch.float32
+    inference_only: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
     too_slow: set[str] = field(default_factory=set)
 

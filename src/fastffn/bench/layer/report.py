@@ -42,8 +42,8 @@ def format_layer(result: dict[str, Any], *, tablefmt: str = "simple") -> str:
         "",
         table,
         "",
-        f"x dense {result['total_width']}: times as fast as the fastest dense FFN of as many neurons, eager or "
-        "compiled. bound: what multiply-adds, memory and page faults allow.",
+        f"x dense {result['total_width']}: times as fast as the fastest dense FFN of as many neurons, eager, "
+        "compiled or by oneDNN. bound: what multiply-adds, memory and page faults allow.",
         f"This machine: {limits['multiply_adds_per_second'] / 1e9:,.0f} G multiply-adds/s, reads "
         f"{max(read) / 1e9:,.0f} GB/s from caches and {min(read) / 1e9:,.0f} from memory"
         + (f", first touches {touched / 1e9:,.1f} GB/s of fresh memory." if touched else "."),

@@ -133,7 +133,7 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """All that is measured at one size of the batch and one pass."""
     batches, gradient = _inputs(case, layers, tokens)
-    here = [one for one in contenders if passes == "forward" or one.out is None]
+    here = [one for one in contenders if passes == "forward" or (one.out is None and not one.inference_only)]
     compared: dict[str, Compared | None] = {}
     calls: dict[str, Callable[[], object]] = {}
     alone: dict[str, float] = {}

@@ -14,10 +14,6 @@ if TYPE_CHECKING:
     from fastffn.ops.grouped_mlp.op import Request
 
 
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
@@ -61,9 +57,9 @@ def forward(
         cpu.activation_number(activation),
         x.data_ptr(),
         index.data_ptr(),
-        *map(_address, weights),
+        *map(cpu.address, weights),
         filled.data_ptr(),
-        *(map(_address, saved) if keep else (0, 0, 0, 0)),
+        *(map(cpu.address, saved) if keep else (0, 0, 0, 0)),
         tokens,
         mlps,
         d_model,
@@ -100,7 +96,7 @@ def backward(
     x = cpu.rows(x)
     inputs = (x, None, up_weight, up_bias, down_weight, down_bias, gate_weight, gate_bias)
     gradients = tuple(
-        torch.empty(tensor.shape, dtype=tensor.dtype) if need and tensor is not None else None
+        tensor.new_empty(tensor.shape) if need and tensor is not None else None
         for tensor, need in zip(inputs, needs, strict=True)
     )
     read = [_contiguous(t) for t in (up_weight, down_weight, gate_weight, order, ends, up, gate)]
@@ -112,8 +108,8 @@ def backward(
         cpu.activation_number(activation),
         gradient.data_ptr(),
         x.data_ptr(),
-        *map(_address, read),
-        *map(_address, gradients[:1] + gradients[2:]),
+        *map(cpu.address, read),
+        *map(cpu.address, gradients[:1] + gradients[2:]),
         tokens,
         mlps,
         d_model,

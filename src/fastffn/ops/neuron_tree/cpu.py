@@ -10,10 +10,6 @@ from fastffn.ops.neuron_tree.request import Request, depth_of
 from fastffn.ops.neuron_tree.routes import why_not
 
 
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def forward(
     x: torch.Tensor,
     w_in: torch.Tensor,
@@ -43,11 +39,11 @@ def forward(
         cpu.activation_number(activation),
         x.data_ptr(),
         w_in.data_ptr(),
-        _address(b_in),
+        cpu.address(b_in),
         w_out.data_ptr(),
         y.data_ptr(),
-        _address(scores),
-        _address(last),
+        cpu.address(scores),
+        cpu.address(last),
         tokens,
         trees,
         levels,
@@ -92,7 +88,7 @@ def backward(
         w_out.data_ptr(),
         scores.data_ptr(),
         last.data_ptr(),
-        *map(_address, gradients),
+        *map(cpu.address, gradients),
         tokens,
         trees,
         depth_of(neurons) + 1,
