@@ -109,6 +109,15 @@ _BACKWARD: dict[str, ActivationBackward] = {
 }
 
 
+# Names of one function, by the name that kernels know it by.
+_SAME = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "swish": "silu"}
+
+
+def plain_name(name: str) -> str:
+    """The name by which kernels know the activation that `ACTIVATIONS` calls `name`."""
+    return _SAME.get(name, name)
+
+
 def get_activation(name: str) -> Activation:
     """The activation called `name`.
 

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 
 from fastffn.errors import BackendError, did_you_mean
+from fastffn.ops.activations import plain_name
 from fastffn.settings import cpu_isa
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 # As csrc/activations.hpp numbers them.
 _NUMBERS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "silu", "tanh", "sigmoid", "linear")
-_SAME = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "swish": "silu"}
 
 
 class Compiled(NamedTuple):
@@ -90,7 +90,7 @@ def compiled() -> Compiled:
 @lru_cache
 def activation_number(name: str) -> int:
     """The number of an activation that `ACTIVATIONS` names."""
-    return _NUMBERS.index(_SAME.get(name, name))
+    return _NUMBERS.index(plain_name(name))
 
 
 def prefer_large_pages(tensor: torch.Tensor) -> None:

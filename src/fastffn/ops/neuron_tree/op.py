@@ -11,10 +11,10 @@ import torch
 from fastffn.errors import BackendError, DeviceError, DtypeError, ShapeError
 from fastffn.ops.activations import get_activation
 from fastffn.ops.dispatch import Op, autocast
-from fastffn.ops.neuron_tree import cpu, dense, reference, torch_grouped
+from fastffn.ops.neuron_tree import cpu, dense, reference, torch_grouped, triton
 from fastffn.ops.neuron_tree.request import MAX_DEPTH, Request, accumulation_dtype, depth_of, neurons_of, request_of
 
-IMPLS = (cpu.IMPL, torch_grouped.IMPL, dense.IMPL, reference.IMPL)
+IMPLS = (cpu.IMPL, triton.IMPL, torch_grouped.IMPL, dense.IMPL, reference.IMPL)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -1,8 +1,8 @@
 """Which way through a tree is cheapest: compiled, walk, cut in two, or evaluate all. A committed rule, not a
 measurement at run time: the same call takes the same way on every machine and with any number of threads.
 
-The estimates below are nanoseconds of a forward pass in float32, one thread, fitted to the measurements that README.md
-of this folder shows. They need only be right enough to rank.
+The first estimates below are nanoseconds of a forward pass in float32, one thread, fitted to the measurements that
+README.md of this folder shows; those of accelerators are predicted there. They need only be right enough to rank.
 """
 
 from __future__ import annotations
@@ -77,6 +77,57 @@ def cheapest(request: Request) -> str:
     return "torch_grouped" if min(_walk(tokens, trees, levels, width), cut) < dense else "dense"
 
 
+# The Triton kernels on an H200 in bfloat16, predicted and not measured: README.md of this folder has the arithmetic.
+# Nanoseconds for: a launch; a row that a token waits for on its way down; a number read from the second-level cache.
+LAUNCH, HOP, CACHED = 2_500.0, 1_500.0, 2 / 5_500
+# Two levels of products: what three more launches of sorting wait for; a number read or written; a multiply-add.
+SORT, MOVED, MULTIPLIED = 10_000.0, 2 / 3_400, 2 / 400_000
+# All neurons in two products and what is between them.
+DENSE_LAUNCHES, DENSE_MULTIPLIED, DENSE_READ = 3, 2 / 690_000, 2 / 3_800
+# The deepest tree that two products of at most 128 columns evaluate.
+MOST_CUT_LEVELS = 14
+
+
+def together(tokens: int) -> tuple[int, int]:
+    """Of the path kernel: tokens of a program, and levels that it looks at before a token moves down.
+
+    Few tokens wait for each hop; many hide each other's waiting, and rows that were not needed cost.
+    """
+    if tokens <= 256:
+        return 1, 3
+    return (1, 2) if tokens <= 1024 else (2, 1)
+
+
+def path_time(tokens: int, trees: int, levels: int, width: int) -> float:
+    """Nanoseconds of one launch in which each token goes down its paths; `width` is D + O."""
+    _, hop = together(tokens)
+    rows = levels * (1 + (2**hop - 1) / hop) / 2  # of w_in all that a hop looks at, of w_out those visited
+    return LAUNCH + trees * math.ceil(levels / hop) * HOP + tokens * trees * rows * width * CACHED
+
+
+def levels_time(tokens: int, trees: int, levels: int, width: int) -> float:
+    """Nanoseconds of two products and a sort between them, P launches of the second."""
+    upper, lower = 2 ** ((levels + 1) // 2), 2 ** (levels // 2)
+    columns = (upper + lower + lower + 16) / 2
+    each = 3 * width / 2 * MOVED + columns * width * MULTIPLIED
+    return (4 + trees) * LAUNCH + SORT + tokens * trees * each
+
+
+def dense_time(tokens: int, trees: int, levels: int, width: int) -> float:
+    """Nanoseconds of evaluating all neurons."""
+    weights = trees * neurons_of(levels - 1) * width
+    return DENSE_LAUNCHES * LAUNCH + weights * max(DENSE_READ, tokens * DENSE_MULTIPLIED)
+
+
+@lru_cache(maxsize=4096)
+def kernel_for(tokens: int, trees: int, levels: int, width: int) -> str:
+    """Which of the Triton kernels runs: "path" or "levels"."""
+    if not 2 <= levels <= MOST_CUT_LEVELS:
+        return "path"
+    shape = (tokens, trees, levels, width)
+    return "levels" if levels_time(*shape) < path_time(*shape) else "path"
+
+
 def why_not(name: str, request: Request) -> str | None:
     """Why the backend called `name` leaves a request to another one; None if it does not."""
     if name == "cpu":
@@ -85,5 +136,10 @@ def why_not(name: str, request: Request) -> str | None:
         compiled = _compiled(tokens, trees, levels, width)
         faster = compiled <= _dense(tokens, trees, levels, width)
         return None if faster else "leaves it to dense, which is faster here"
+    if name == "triton":
+        shape = (request.tokens, request.trees, request.depth + 1, request.d_model + request.d_out)
+        ours = levels_time if kernel_for(*shape) == "levels" else path_time
+        faster = ours(*shape) <= dense_time(*shape)
+        return None if faster else "leaves it to dense, which is predicted to be faster here"
     best = cheapest(request)
     return None if best == name else f"leaves it to {best}, which is faster here"
