@@ -9,7 +9,7 @@ import torch
 from fastffn.errors import DeviceError, DtypeError, IndexRangeError, ShapeError
 from fastffn.ops.activations import get_activation
 from fastffn.ops.dispatch import Op, autocast
-from fastffn.ops.grouped_mlp import cpu, reference, torch_grouped
+from fastffn.ops.grouped_mlp import cpu, reference, torch_grouped, triton
 
 # So many indices are looked at one by one.
 _FEW = 64
@@ -94,7 +94,7 @@ OP = Op(
     fake=_fake,
     request=_request,
     example=Request(512, 16, 768, 8, 768, False, torch.float32, "cpu"),
-    impls=(cpu.IMPL, torch_grouped.IMPL, reference.IMPL),
+    impls=(cpu.IMPL, triton.IMPL, torch_grouped.IMPL, reference.IMPL),
     flops=_flops,
 )
 

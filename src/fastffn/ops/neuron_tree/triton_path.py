@@ -160,7 +160,8 @@ def forward(
         x, w_in, w_in if b_in is None else b_in, w_out, y,
         w_in if scores is None else scores, w_in if last is None else last, tokens, trees, x.stride(0),
         D=d_model, O=d_out, LEVELS=levels, HOP=hop, ACT=act, BIAS=b_in is not None, KEEP=scores is not None,
-        BT=tile, BD=min(power_of_two(d_model), _TILE // (tile * 2**hop)), BO=out_tile, num_warps=8 if max(d_model, d_out) > 2048 else 4, **FUSED,
+        BT=tile, BD=min(power_of_two(d_model), _TILE // (tile * 2**hop)), BO=out_tile,
+        num_warps=8 if max(d_model, d_out) > 2048 else 4, **FUSED,
     )  # fmt: skip
 
 
@@ -178,6 +179,7 @@ def backward(
     _backward[(ceil_div(tokens, tile), 1 if d_x is None else ceil_div(d_model, in_tile))](
         gradient, x, w_in, w_out, scores, last, d_scores, d_scores if d_x is None else d_x, tokens, trees,
         D=d_model, O=d_out, LEVELS=levels, ROWS=rows, ACT=act, STRAIGHT=straight_through, NEED_X=d_x is not None,
-        BT=tile, BO=min(power_of_two(d_out), max(16, _TILE // (tile * rows))), BD=in_tile, num_warps=8 if max(d_model, d_out) > 2048 else 4, **FUSED,
+        BT=tile, BO=min(power_of_two(d_out), max(16, _TILE // (tile * rows))), BD=in_tile,
+        num_warps=8 if max(d_model, d_out) > 2048 else 4, **FUSED,
     )  # fmt: skip
     return d_scores
