@@ -58,7 +58,7 @@ def test_more_blocks_and_groups_than_the_scan_takes_at_a_time(monkeypatch) -> No
 
 def test_reasons(monkeypatch) -> None:
     assert triton.refuses("cpu", torch.float64) == "takes float32, bfloat16 and float16, not float64"
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
     assert "runs on an accelerator, not on cpu" in triton.refuses("cpu", torch.float32)
     assert triton.yields() is None
     monkeypatch.setattr(triton, "found", lambda: triton.Found(None, "Triton cannot be imported (gone)"))

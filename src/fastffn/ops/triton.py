@@ -1,7 +1,7 @@
 """Triton: whether it is there, which device it drives, and what every launch of its kernels needs to know.
 
 Nothing here imports Triton before a kernel is asked for: `import fastffn` needs neither the package nor a driver.
-With TRITON_INTERPRET=1 in the environment before the first call, kernels run in Triton's interpreter on a CPU: for
+With TRITON_INTERPRET=1 in the environment before Triton is imported, kernels run in Triton's interpreter on a CPU: for
 tests, thousands of times slower. Files called `triton_*.py` hold kernels and import Triton at their top.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import sys
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -44,7 +45,10 @@ def found() -> Found:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter; as Triton itself decides, when it meets the first kernel."""
+    """Whether kernels run in Triton's interpreter: what the environment said when Triton was imported, or will say."""
+    language = sys.modules.get("triton.language")
+    if language is not None:
+        return type(language.zeros).__name__ == "InterpretedFunction"
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
