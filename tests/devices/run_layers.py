@@ -73,6 +73,8 @@ def main() -> None:
     synchronize()
     with pytest.raises(RuntimeError, match="expected all tensors to be on the simulated device"):
         torch.mm(torch.ones(3, 3, device=DEVICE), torch.ones(3, 3))
+    with pytest.raises(RuntimeError, match="no float64"):
+        torch.ones(3, dtype=torch.float64, device=DEVICE)
     ran = []
     for name, (kind, fields) in LAYERS.items():
         merges = kind in ("low_rank", "block")

@@ -1,6 +1,6 @@
 // A second device that is none: torch's PrivateUse1 with memory of the host. Memory and views are its own; every other
-// operator runs on copies on the CPU (torch's cpu_fallback), and its name is written down. Whatever assumes a device, or
-// mixes two, fails as on a real one; fresh memory is NaN.
+// operator runs on copies on the CPU (torch's cpu_fallback), and its name is written down. Whatever assumes a device,
+// or mixes two, fails as on a real one; fresh memory is NaN; there is no float64.
 
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
@@ -76,16 +76,25 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   }
 };
 
+// MPS has no float64, Ascend's operators take it here and there.
+c10::ScalarType known(std::optional<at::ScalarType> dtype) {
+  const auto type = c10::dtype_or_default(dtype);
+  TORCH_CHECK(type != c10::ScalarType::Double, "the simulated device has no float64");
+  return type;
+}
+
 at::Tensor empty(c10::SymIntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
                  std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
-  return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(size), &allocator, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
-                                   c10::dtype_or_default(dtype), format);
+  return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(size), &allocator,
+                                   c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
+                                   known(dtype), format);
 }
 
 at::Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride, std::optional<at::ScalarType> dtype,
                          std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
   return at::detail::empty_strided_generic(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), &allocator,
-                                           c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), c10::dtype_or_default(dtype));
+                                           c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
+                                           known(dtype));
 }
 
 // The same memory as a tensor of the CPU: only copies may look at it.
@@ -107,9 +116,11 @@ at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
 
 at::Scalar local_scalar(const at::Tensor& t) { return on_host(t).item(); }
 
-at::Tensor& set_storage(at::Tensor& t, at::Storage source, c10::SymInt offset, c10::SymIntArrayRef size, c10::SymIntArrayRef stride) {
+at::Tensor& set_storage(at::Tensor& t, at::Storage source, c10::SymInt offset, c10::SymIntArrayRef size,
+                        c10::SymIntArrayRef stride) {
   t.unsafeGetTensorImpl()->set_storage_keep_dtype(source);
-  t.unsafeGetTensorImpl()->set_sizes_and_strides(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), offset.guard_int(__FILE__, __LINE__));
+  t.unsafeGetTensorImpl()->set_sizes_and_strides(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride),
+                                                 offset.guard_int(__FILE__, __LINE__));
   return t;
 }
 
@@ -123,7 +134,8 @@ const at::Tensor& resize(const at::Tensor& t, c10::SymIntArrayRef size, std::opt
   return t;
 }
 
-at::Tensor as_strided(const at::Tensor& t, c10::SymIntArrayRef size, c10::SymIntArrayRef stride, std::optional<c10::SymInt> offset) {
+at::Tensor as_strided(const at::Tensor& t, c10::SymIntArrayRef size, c10::SymIntArrayRef stride,
+                      std::optional<c10::SymInt> offset) {
   return at::cpu::as_strided_symint(t, size, stride, offset);
 }
 at::Tensor view(const at::Tensor& t, c10::SymIntArrayRef size) { return at::cpu::view_symint(t, size); }
