@@ -26,47 +26,92 @@ template <class T>
 FASTFFN_INLINE float dot(const T* x, const T* w, i64 n) {
     vf a0{}, a1{}, a2{}, a3{};
     i64 i = 0;
-    for (; i + 4 * W <= n; i += 4 * W) {
-        a0 += load(x + i) * load(w + i);
-        a1 += load(x + i + W) * load(w + i + W);
-        a2 += load(x + i + 2 * W) * load(w + i + 2 * W);
-        a3 += load(x + i + 3 * W) * load(w + i + 3 * W);
+    const auto two = [&](vf& low, vf& high) {
+        vf xa, xb, wa, wb;
+        load_pair(x + i, xa, xb);
+        load_pair(w + i, wa, wb);
+        low += xa * wa;
+        high += xb * wb;
+        i += 2 * W;
+    };
+    while (i + 4 * W <= n) {
+        two(a0, a1);
+        two(a2, a3);
     }
+    if (i + 2 * W <= n) two(a0, a1);
     for (; i + W <= n; i += W) a0 += load(x + i) * load(w + i);
     if (i < n) a1 += load_part(x + i, n - i) * load_part(w + i, n - i);
     return sum((a0 + a1) + (a2 + a3));
 }
 
-// y (+)= sum over rows of coefficient * row, in the order of the rows.
+#if defined(__AVX512BF16__)
+// Products of pairs, added in float: half the loads.
+FASTFFN_INLINE float dot(const bfloat16* x, const bfloat16* w, i64 n) {
+    const auto products = [&](vf sums, i64 i) {
+        return (vf)_mm512_dpbf16_ps((__m512)sums, load_raw<__m512bh>(x + i), load_raw<__m512bh>(w + i));
+    };
+    vf a0{}, a1{}, a2{}, a3{};
+    i64 i = 0;
+    for (; i + 8 * W <= n; i += 8 * W) {
+        a0 = products(a0, i);
+        a1 = products(a1, i + 2 * W);
+        a2 = products(a2, i + 4 * W);
+        a3 = products(a3, i + 6 * W);
+    }
+    for (; i + 2 * W <= n; i += 2 * W) a0 = products(a0, i);
+    for (; i + W <= n; i += W) a1 += load(x + i) * load(w + i);
+    if (i < n) a2 += load_part(x + i, n - i) * load_part(w + i, n - i);
+    return sum((a0 + a1) + (a2 + a3));
+}
+#endif
+
+// y (+)= sum over rows of coefficient * row, in the order of the rows. Of unfinished sums (y of floats, rows narrower)
+// each pair of vectors is in the order of load_pair.
 template <class T, class Y, int B>
 FASTFFN_INLINE void combine_block(const T* const* rows, const float* coefficients, i64 count, Y* y, i64 at, bool add) {
-    vf a[B];
-    for (int k = 0; k < B; ++k) a[k] = add ? load(y + at + k * W) : vf{};
+    vf a[B][2] = {};
+    if constexpr (sizeof(Y) == sizeof(float))
+        if (add)
+            for (int k = 0; k < B; ++k) {
+                a[k][0] = load(y + at + 2 * k * W);
+                a[k][1] = load(y + at + (2 * k + 1) * W);
+            }
     for (i64 r = 0; r < count; ++r) {
         const vf c = splat(coefficients[r]);
         const T* row = rows[r] + at;
-        for (int k = 0; k < B; ++k) a[k] += c * load(row + k * W);
+        for (int k = 0; k < B; ++k) {
+            vf low, high;
+            load_pair(row + 2 * k * W, low, high);
+            a[k][0] += c * low;
+            a[k][1] += c * high;
+        }
     }
-    for (int k = 0; k < B; ++k) store(y + at + k * W, a[k]);
+    for (int k = 0; k < B; ++k) store_pair<T>(y + at + 2 * k * W, a[k][0], a[k][1]);
 }
 
+// `add` only where y is of floats.
 template <class T, class Y>
 inline void combine(const T* const* rows, const float* coefficients, i64 count, Y* y, i64 n, bool add) {
     i64 at = 0;
-    for (; at + 8 * W <= n; at += 8 * W) combine_block<T, Y, 8>(rows, coefficients, count, y, at, add);
-    for (; at + W <= n; at += W) combine_block<T, Y, 1>(rows, coefficients, count, y, at, add);
-    if (at < n) {
-        vf a = add ? load_part(y + at, n - at) : vf{};
-        for (i64 r = 0; r < count; ++r) a += splat(coefficients[r]) * load_part(rows[r] + at, n - at);
-        store_part(y + at, a, n - at);
+    for (; at + 8 * W <= n; at += 8 * W) combine_block<T, Y, 4>(rows, coefficients, count, y, at, add);
+    for (; at + 2 * W <= n; at += 2 * W) combine_block<T, Y, 1>(rows, coefficients, count, y, at, add);
+    for (i64 here; at < n; at += here) {
+        here = n - at < W ? n - at : W;
+        vf a = add ? load_some(y + at, here) : vf{};
+        for (i64 r = 0; r < count; ++r) a += splat(coefficients[r]) * load_some(rows[r] + at, here);
+        store_some(y + at, a, here);
     }
 }
 
+// Finishes sums.
 template <class T>
 inline void narrow_row(const float* from, T* to, i64 n) {
     i64 at = 0;
-    for (; at + W <= n; at += W) store(to + at, load(from + at));
-    if (at < n) store_part(to + at, load_part(from + at, n - at), n - at);
+    for (; at + 2 * W <= n; at += 2 * W) store_pair<T>(to + at, load(from + at), load(from + at + W));
+    for (i64 here; at < n; at += here) {
+        here = n - at < W ? n - at : W;
+        store_some(to + at, load_some(from + at, here), here);
+    }
 }
 
 // One tree.
@@ -173,10 +218,11 @@ struct Forward {
             i32 node[kLanes];
             Tree<T> tree_of[kLanes];
             Walker<T> walkers[kLanes];
+            const i64 group = smaller(trees, kLanes / count);
             float* sums = nullptr;
             constexpr bool wide = sizeof(T) == sizeof(float);
-            if (!wide) sums = static_cast<float*>(scratch(0, static_cast<std::size_t>(count * a.d_out) * sizeof(float)));
-            const i64 group = smaller(trees, kLanes / count);
+            if (!wide && group < trees)
+                sums = static_cast<float*>(scratch(0, static_cast<std::size_t>(count * a.d_out) * sizeof(float)));
             for (i64 p0 = 0; p0 < trees; p0 += group) {
                 const i64 here = smaller(group, trees - p0);
                 // Lanes by token, then tree: what one token adds up lies together.
@@ -193,10 +239,10 @@ struct Forward {
                 for (i64 lane = 0; lane < lanes; ++lane) path_rows(*walkers[lane].tree, node[lane], levels, rows + lane * levels);
                 for (i64 i = 0; i < count; ++i) {
                     const i64 first = i * here * levels;
-                    if constexpr (wide)
-                        combine(rows + first, coefficients + first, here * levels, y + (begin + i) * a.d_out, a.d_out, p0 > 0);
-                    else
+                    if (sums)
                         combine(rows + first, coefficients + first, here * levels, sums + i * a.d_out, a.d_out, p0 > 0);
+                    else
+                        combine(rows + first, coefficients + first, here * levels, y + (begin + i) * a.d_out, a.d_out, p0 > 0);
                 }
                 if (a.scores)
                     for (i64 i = 0; i < count; ++i)
@@ -207,7 +253,7 @@ struct Forward {
                             a.last[at] = node[i * here + p];
                         }
             }
-            if constexpr (!wide)
+            if (sums)
                 for (i64 i = 0; i < count; ++i) narrow_row(sums + i * a.d_out, y + (begin + i) * a.d_out, a.d_out);
         }
     }
@@ -297,10 +343,13 @@ FASTFFN_INLINE void four_dots(const T* g, const T* const* rows, i64 n, float* re
     vf a[4][2] = {};
     i64 i = 0;
     for (; i + 2 * W <= n; i += 2 * W) {
-        const vf low = load(g + i), high = load(g + i + W);
+        vf low, high;
+        load_pair(g + i, low, high);
         for (int r = 0; r < 4; ++r) {
-            a[r][0] += low * load(rows[r] + i);
-            a[r][1] += high * load(rows[r] + i + W);
+            vf row_low, row_high;
+            load_pair(rows[r] + i, row_low, row_high);
+            a[r][0] += low * row_low;
+            a[r][1] += high * row_high;
         }
     }
     for (; i + W <= n; i += W)
@@ -310,40 +359,52 @@ FASTFFN_INLINE void four_dots(const T* g, const T* const* rows, i64 n, float* re
     for (int r = 0; r < 4; ++r) results[r] = sum(a[r][0] + a[r][1]);
 }
 
+#if defined(__AVX512BF16__)
+FASTFFN_INLINE void four_dots(const bfloat16* g, const bfloat16* const* rows, i64 n, float* results) {
+    for (int r = 0; r < 4; ++r) results[r] = dot(g, rows[r], n);
+}
+#endif
+
 // R rows, each (+)= sum over tokens of coefficient * vector of the token. The coefficients of a token lie `stride`
-// after those of the one before, those of the rows side by side.
+// after those of the one before, those of the rows side by side. The sums are unfinished.
 template <class T, int R, int B>
 FASTFFN_INLINE void gather_block(const T* const* vectors, const float* coefficients, i64 stride, i64 count,
                                  float* const* to, const bool* add, i64 at) {
-    vf a[R][B];
+    vf a[R][2 * B];
     for (int r = 0; r < R; ++r)
-        for (int k = 0; k < B; ++k) a[r][k] = add[r] ? load(to[r] + at + k * W) : vf{};
+        for (int k = 0; k < 2 * B; ++k) a[r][k] = add[r] ? load(to[r] + at + k * W) : vf{};
     for (i64 t = 0; t < count; ++t) {
         const T* vector = vectors[t] + at;
         const float* c = coefficients + t * stride;
         for (int k = 0; k < B; ++k) {
-            const vf v = load(vector + k * W);
-            for (int r = 0; r < R; ++r) a[r][k] += splat(c[r]) * v;
+            vf low, high;
+            load_pair(vector + 2 * k * W, low, high);
+            for (int r = 0; r < R; ++r) {
+                a[r][2 * k] += splat(c[r]) * low;
+                a[r][2 * k + 1] += splat(c[r]) * high;
+            }
         }
     }
     for (int r = 0; r < R; ++r)
-        for (int k = 0; k < B; ++k) store(to[r] + at + k * W, a[r][k]);
+        for (int k = 0; k < 2 * B; ++k) store(to[r] + at + k * W, a[r][k]);
 }
 
 template <class T, int R>
 inline void gather(const T* const* vectors, const float* coefficients, i64 stride, i64 count, float* const* to,
                    const bool* add, i64 n) {
-    constexpr int B = R == 1 ? 8 : R == 2 ? 8 : 4;
+    constexpr int B = R < 4 ? 4 : 2;
     i64 at = 0;
-    for (; at + B * W <= n; at += B * W) gather_block<T, R, B>(vectors, coefficients, stride, count, to, add, at);
-    for (; at + W <= n; at += W) gather_block<T, R, 1>(vectors, coefficients, stride, count, to, add, at);
-    if (at < n)
+    for (; at + 2 * B * W <= n; at += 2 * B * W) gather_block<T, R, B>(vectors, coefficients, stride, count, to, add, at);
+    for (; at + 2 * W <= n; at += 2 * W) gather_block<T, R, 1>(vectors, coefficients, stride, count, to, add, at);
+    for (i64 here; at < n; at += here) {
+        here = n - at < W ? n - at : W;
         for (int r = 0; r < R; ++r) {
-            vf a = add[r] ? load_part(to[r] + at, n - at) : vf{};
+            vf a = add[r] ? load_some(to[r] + at, here) : vf{};
             for (i64 t = 0; t < count; ++t)
-                a += splat(coefficients[t * stride + r]) * load_part(vectors[t] + at, n - at);
-            store_part(to[r] + at, a, n - at);
+                a += splat(coefficients[t * stride + r]) * load_some(vectors[t] + at, here);
+            store_some(to[r] + at, a, here);
         }
+    }
 }
 
 // Backward. Tokens are sorted by the last node they visited, so that the tokens of every node are neighbours. They are

@@ -46,6 +46,7 @@ struct TreeKernels {
 };
 
 // One table for each instruction set that was compiled; null where it was not.
+const TreeKernels* tree_kernels_avx512_bf16();
 const TreeKernels* tree_kernels_avx512();
 const TreeKernels* tree_kernels_avx2();
 const TreeKernels* tree_kernels_baseline();
