@@ -33,8 +33,9 @@ using vf = VectorOf<float, W>::type;
 using vi = VectorOf<std::int32_t, W>::type;
 using vu = VectorOf<std::uint32_t, W>::type;
 using vh = VectorOf<std::uint16_t, W>::type;
+using vb = VectorOf<std::int8_t, W>::type;
 
-// Storage dtypes. Sums are always kept in float.
+// Storage dtypes, beside float and int8. Sums are always kept in float.
 struct bfloat16 {
     std::uint16_t bits;
 };
@@ -120,9 +121,21 @@ FASTFFN_INLINE vh narrow_f16(vf v) {
 }
 #endif
 
+// (The compiler's own conversion goes by way of 16 bits and halves: four times as slow.)
+#if defined(__AVX512F__)
+FASTFFN_INLINE vf widen_i8(vb b) { return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)b)); }
+#elif defined(__AVX2__)
+FASTFFN_INLINE vf widen_i8(vb b) {
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)b)));
+}
+#else
+FASTFFN_INLINE vf widen_i8(vb b) { return __builtin_convertvector(__builtin_convertvector(b, vi), vf); }
+#endif
+
 FASTFFN_INLINE vf load(const float* p) { return load_raw<vf>(p); }
 FASTFFN_INLINE vf load(const bfloat16* p) { return widen_bf16(load_raw<vh>(p)); }
 FASTFFN_INLINE vf load(const float16* p) { return widen_f16(load_raw<vh>(p)); }
+FASTFFN_INLINE vf load(const std::int8_t* p) { return widen_i8(load_raw<vb>(p)); }
 
 FASTFFN_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 FASTFFN_INLINE void store(bfloat16* p, vf v) {
@@ -187,6 +200,9 @@ FASTFFN_INLINE vf load_some(const float* p, std::int64_t n) {
 }
 FASTFFN_INLINE vh load_some_halves(const void* p, std::int64_t n) {
     return (vh)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p);
+}
+FASTFFN_INLINE vf load_some(const std::int8_t* p, std::int64_t n) {
+    return widen_i8((vb)_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1u), p));
 }
 FASTFFN_INLINE vf load_some(const bfloat16* p, std::int64_t n) { return widen_bf16(load_some_halves(p, n)); }
 FASTFFN_INLINE vf load_some(const float16* p, std::int64_t n) { return widen_f16(load_some_halves(p, n)); }
