@@ -49,8 +49,12 @@ def compiling(targets: list[GPUTarget], say: Any) -> Any:
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = TYPES[value.dtype]
                 attributes[(number,)] = [["tt.divisibility", 16]]
+            elif value == 1:  # Triton makes a constant of it
+                signature[parameter.name], constants[(number,)] = "constexpr", value
             else:
                 signature[parameter.name] = "i32"
+                if value % 16 == 0:
+                    attributes[(number,)] = [["tt.divisibility", 16]]
         for target in targets:
             key = (self.fn.__qualname__, self.fn.__module__, str(target), str(signature), str(constants), str(options))
             if key in seen:

@@ -78,7 +78,7 @@ def test_any_number_of_tokens_together_and_levels_in_a_hop(together: tuple[int, 
 
 @both
 @pytest.mark.parametrize("shape", [
-    {"depth": 8, "trees": 1, "d_model": 33},  # columns that fill a product, five levels above the cut
+    {"depth": 8, "trees": 1, "d_model": 33, "straight_through": True},  # more columns, five levels above the cut
     {"depth": 6, "trees": 2, "d_model": 130, "d_out": 100},  # several steps of a product, several tiles of columns
     {"depth": 3, "trees": 1, "tokens": 200},  # more tokens of a subtree than a tile has
 ], ids=str)  # fmt: skip
