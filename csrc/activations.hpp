@@ -32,6 +32,18 @@ FASTFFN_INLINE vf logistic(vf x) { return splat(1.0f) / (splat(1.0f) + exponenti
 
 FASTFFN_INLINE vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
+// Near zero a polynomial: the difference of two numbers near one has few digits there.
+FASTFFN_INLINE vf hyperbolic_tangent(vf x) {
+    vf z = x * x;
+    vf p = splat(-5.70498872745e-3f);
+    p = p * z + splat(2.06390887954e-2f);
+    p = p * z + splat(-5.37397155531e-2f);
+    p = p * z + splat(1.33314422036e-1f);
+    p = p * z + splat(-3.33332819422e-1f);
+    vf near = p * z * x + x;
+    return select(magnitude(x) < splat(0.625f), near, splat(2.0f) * logistic(2.0f * x) - splat(1.0f));
+}
+
 // The normal distribution function. erfc(t) = exp(-t^2) Q(u) with u = 1 / (1 + t / 2); Q is fitted to 2e-8 for t from
 // 0 to 9.5, where float32 ends.
 FASTFFN_INLINE vf normal_cdf(vf x) {
@@ -66,7 +78,7 @@ FASTFFN_INLINE vf activate(Activation kind, vf x) {
             return positive * positive;
         }
         case Activation::silu: return x * logistic(x);
-        case Activation::tanh: return splat(2.0f) * logistic(2.0f * x) - splat(1.0f);
+        case Activation::tanh: return hyperbolic_tangent(x);
         case Activation::sigmoid: return logistic(x);
         case Activation::linear: break;
     }
@@ -93,8 +105,9 @@ FASTFFN_INLINE vf slope(Activation kind, vf x) {
             return s * (one + x * (one - s));
         }
         case Activation::tanh: {
-            vf t = splat(2.0f) * logistic(2.0f * x) - one;
-            return one - t * t;
+            // 1 - tanh^2, without a difference of numbers near one.
+            vf e = exponential(-2.0f * magnitude(x)), both = one + e;
+            return select(x != x, x, 4.0f * e / (both * both));
         }
         case Activation::sigmoid: {
             vf s = logistic(x);
