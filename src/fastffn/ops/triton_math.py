@@ -58,8 +58,9 @@ def slope(x, ACT: tl.constexpr):
         s = tl.sigmoid(x)
         x = s * (1.0 + x * (1.0 - s))
     elif ACT == "tanh":
-        t = tanh(x)
-        x = 1.0 - t * t
+        # 1 - tanh^2, without a difference of numbers near one.
+        e = tl.exp(-2.0 * tl.abs(x))
+        x = 4.0 * e / ((1.0 + e) * (1.0 + e))
     elif ACT == "sigmoid":
         s = tl.sigmoid(x)
         x = s * (1.0 - s)
