@@ -58,6 +58,7 @@ class PretrainConfig:
     epochs: float | None = _field(None, "length in passes over the data instead of steps")
     switch: float = _field(0.6, "fraction of the steps after which the factors are merged and training goes on dense")
     dense_warmup: float = _field(0.0, "fraction of the steps trained dense before the factors")
+    dense_layers: int | None = _field(None, "FFNs, from the first layer on, that are never factorised; default: none")
     rewarm_steps: int = _field(20, "steps over which the merged tensors' learning rate rises again")
     restart: bool = _field(False, "each stage has a schedule and an optimizer of its own, as FastFFN published it")
     baseline: bool = _field(True, "train a dense model beside it, for comparison")
@@ -110,6 +111,12 @@ class PretrainConfig:
             "must be above 0, at most 0.5",
         )
         _require(0 < self.decay <= 1, "decay", self.decay, "must be above 0 and at most 1")
+        _require(
+            self.dense_layers is None or 0 <= self.dense_layers < self.layers,
+            "dense_layers",
+            self.dense_layers,
+            f"must be at least 0 and below layers ({self.layers})",
+        )
         _require(0 < self.switch < 1, "switch", self.switch, "must be above 0 and below 1")
         _require(
             0 <= self.dense_warmup < self.switch,

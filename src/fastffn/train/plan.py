@@ -19,6 +19,7 @@ class Stage:
         total: steps that the schedule spans.
         learning_rate, switched_learning_rate: peak rates of groups 0 and 1, and of group 2.
         rewarm_steps: steps from `begin` over which group 2's rate rises to the schedule; 0 for none.
+        dense_layers: first FFNs that are never factorised, and so not in group 2.
         data_seed: seed of the order of the data.
     """
 
@@ -30,6 +31,7 @@ class Stage:
     learning_rate: float
     switched_learning_rate: float
     rewarm_steps: int = 0
+    dense_layers: int = 0
     data_seed: int
 
     @property
@@ -69,6 +71,7 @@ def plan_stages(config: PretrainConfig, steps: int) -> dict[str, Stage]:
             learning_rate=rate,
             switched_learning_rate=factor_rate if factorised else rate,
             rewarm_steps=rewarm,
+            dense_layers=config.dense_layers or 0,
             data_seed=seed,
         )
 

@@ -4,7 +4,8 @@ Optimizer groups, always these three, so that state can pass from one stage to t
 
     0  matrices outside the FFNs' linear maps, with weight decay
     1  biases and norms, without
-    2  the FFNs' matrices: factors in stage 1, merged afterwards; they may have a learning rate of their own
+    2  the FFNs' matrices: factors in stage 1, merged afterwards; they may have a learning rate of their own.
+       Those of FFNs that stay dense throughout are in group 0.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The three groups; parameters come with their names, so that a saved state says whose it is."""
     family = family_of(model.config)
-    own = [path for path, _ in family_ffns(model, family)]
+    # Those that stay dense come first, in stage 1, where the others are none of the family's, as in stage 2.
+    own = [path for path, _ in family_ffns(model, family)][stage.dense_layers :]
     ours = [path for path, _ in fastffn_modules(model)]
     inside = tuple(f"{path}." for path in own + ours)
     groups: list[list[tuple[str, nn.Parameter]]] = [[], [], []]
