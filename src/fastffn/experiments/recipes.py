@@ -78,6 +78,7 @@ def recipes() -> dict[str, Recipe]:
         _low_rank("rank-8th", "rank d/8", rank=1 / 8),
         _low_rank("rank-half", "rank d/2", rank=1 / 2),
         Recipe("block", "block", None, note="4 blocks"),
+        Recipe("block-normal", "block", None, {"start": "normal"}, note="4 blocks, random factors"),
         Recipe("block-rank", "block", 1 / 16, {"blocks": 8}, note="8 blocks and rank d/16"),
         _low_rank("normal", "random factors", options={"start": "normal"}),
         _low_rank("rescale", "spectral start rescaled to the dense norm", options={"rescale": True}),

@@ -287,7 +287,7 @@ class _Run:
         trainer.save_model(str(directory))
 
         def finish() -> dict[str, Any]:
-            record = self._record(stage, history, seconds)
+            record = self._record(stage, history, seconds) | {"loading_seconds": trainer.clock.loading}
             rundir.finish_stage(directory, record)
             return record
 

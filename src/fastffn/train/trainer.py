@@ -86,11 +86,13 @@ class Clock(TrainerCallback):
     Attributes:
         seconds: so far, earlier stages and what came before a resumption included.
         waiting: the part of this stage's in which the next batch was waited for.
+        loading: the part of this stage's before its first step, where the preparation counts.
     """
 
     def __init__(self, seconds: float, running_since: float | None) -> None:
         self.seconds = seconds
         self.waiting = 0.0
+        self.loading = 0.0
         self._mark = running_since
 
     def on_train_begin(
@@ -105,6 +107,8 @@ class Clock(TrainerCallback):
             self._mark = None
         if self._mark is None:
             self._mark = time.perf_counter()
+        else:
+            self.loading = time.perf_counter() - self._mark
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds the step that ends."""
