@@ -26,7 +26,10 @@ def test_every_recipe_makes_a_run_and_has_a_price(name) -> None:
     price = flops_of(run, 300)
     assert 0 < price.factorised <= price.dense
     assert (price.factorised == price.dense) == recipe.dense
-    assert (price.merge > 0) == (not recipe.dense)
+    # Neurons are woken by copying.
+    assert (price.merge > 0) == (recipe.ffn in ("low_rank", "block"))
+    rate = None if recipe.factors_rate == 1 else 1e-3 * recipe.factors_rate
+    assert run.factor_learning_rate == rate
 
 
 def test_prices_by_hand() -> None:

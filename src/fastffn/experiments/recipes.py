@@ -17,7 +17,8 @@ class Recipe:
         name: of its cells and its runs.
         ffn: kind of stage 1, or `dense`.
         rank: over d_model; None: the kind has none.
-        options: of that kind, others than the rank.
+        width: of the kind `narrow`, over d_model.
+        options: of that kind, others than these.
         changes: fields of the run that differ from the others'.
         factors_rate: learning rate of the factors over that of the rest.
         note: for the table.
@@ -26,6 +27,7 @@ class Recipe:
     name: str
     ffn: str = "low_rank"
     rank: float | None = 1 / 4
+    width: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
     factors_rate: float = 1.0
@@ -41,6 +43,8 @@ class Recipe:
         options = dict(self.options)
         if self.rank is not None:
             options["rank"] = max(1, round(self.rank * config.d_model))
+        if self.width is not None:
+            options["width"] = max(1, round(self.width * config.d_model))
         return dataclasses.replace(
             config,
             ffn=self.ffn,
@@ -64,6 +68,10 @@ def _low_rank(name: str, note: str, **fields: Any) -> Recipe:
     return Recipe(name, note=note, **fields)
 
 
+def _narrow(name: str, note: str, width: float, **changes: Any) -> Recipe:
+    return Recipe(name, "narrow", None, width, changes=changes, note=note)
+
+
 def recipes() -> dict[str, Recipe]:
     """All recipes, by name; the first is the dense one that every experiment has."""
     warm = {"dense_warmup": 0.1}
@@ -73,13 +81,18 @@ def recipes() -> dict[str, Recipe]:
         _dense("dense-decay-60", "the rate falls over 60 % of the steps", decay=0.6),
         _dense("dense-decay-15", "the rate falls over 15 % of the steps", decay=0.15),
         _low_rank("naive", "rank d/4, switch after 60 %"),
-        # As good as no FFN at all: what attention alone can learn first.
         _low_rank("rank-1", "rank 1", rank=0.0),
         _low_rank("rank-8th", "rank d/8", rank=1 / 8),
         _low_rank("rank-half", "rank d/2", rank=1 / 2),
         Recipe("block", "block", None, note="4 blocks"),
-        Recipe("block-normal", "block", None, {"start": "normal"}, note="4 blocks, random factors"),
-        Recipe("block-rank", "block", 1 / 16, {"blocks": 8}, note="8 blocks and rank d/16"),
+        Recipe("block-normal", "block", None, options={"start": "normal"}, note="4 blocks, random factors"),
+        Recipe("block-rank", "block", 1 / 16, options={"blocks": 8}, note="8 blocks and rank d/16"),
+        _narrow("no-ffn", "one neuron awake", 0.0),
+        _narrow("no-ffn-20", "one neuron awake, switch after 20 %", 0.0, switch=0.2),
+        _narrow("narrow", "d neurons awake", 1.0),
+        _narrow("narrow-30", "d neurons awake, switch after 30 %", 1.0, switch=0.3),
+        _narrow("narrow-half-30", "2 d neurons awake, switch after 30 %", 2.0, switch=0.3),
+        _narrow("narrow-half", "2 d neurons awake", 2.0),
         _low_rank("normal", "random factors", options={"start": "normal"}),
         _low_rank("rescale", "spectral start rescaled to the dense norm", options={"rescale": True}),
         _low_rank("factor-decay", "weight decay on each factor", changes={"frobenius_decay": False}),
