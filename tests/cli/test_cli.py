@@ -241,6 +241,10 @@ def test_another_kind_does_not_have_the_presets_options() -> None:
     # Without stages there are none for the schedule to span.
     values = printed("--preset", "seed", "--data", "x", "--ffn", "dense", "--no-restart", "--decay", "0.9")
     assert (values["ffn"], values["rank"], values["schedule"], values["decay"]) == ("dense", None, "cosine", 0.9)
+    # The demo's rate for factors is not meant for dense FFNs.
+    assert printed("--ffn", "dense")["factor_learning_rate"] is None
+    assert printed("--ffn", "dense", "--factor-learning-rate", "2e-3")["factor_learning_rate"] == 2e-3
+    assert printed("--ffn", "block")["factor_learning_rate"] == 1.4e-3
 
 
 BAD = [

@@ -142,8 +142,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
             flops, losses = zip(*row["frontier"], strict=True)
             axes.plot(flops, losses, "o-", color="tab:blue", label=f"{name}, complete runs")
             axes.plot(*zip(*row["curve"], strict=True), ":", color="tab:blue", linewidth=0.8)
+            # Around the frontier, or around the one run that it has.
             low, high = min(losses), max(losses)
-            axes.set_ylim(low - 0.4 * (high - low), high + 0.6 * (high - low))
+            height = high - low or 0.1
+            axes.set_ylim(low - 0.4 * height, high + 0.6 * height)
         else:
             (line,) = axes.plot(*zip(*row["curve"], strict=True), ":", linewidth=0.8)
             axes.plot([row["flops"]], [row["loss"]], "s", color=line.get_color(), markersize=4, label=name)

@@ -67,7 +67,9 @@ class PretrainConfig:
     micro_batch: int | None = _field(None, "sequences on a device at once; default: all of the batch")
     learning_rate: float = _field(1e-3, "peak learning rate of the two-stage run")
     dense_learning_rate: float | None = _field(None, "peak learning rate of the dense run; default: the same")
-    factor_learning_rate: float | None = _field(None, "peak learning rate of the factors; default: the same")
+    factor_learning_rate: float | None = _field(
+        None, "peak learning rate of the factors (of the FFNs' matrices, if ffn is dense); default: the same"
+    )
     schedule: Literal["wsd", "cosine"] = _field("wsd", "wsd (warm-up, stable, decay) or, with --restart, cosine")
     warmup_steps: int = _field(30, "steps of linear warm-up")
     decay: float = _field(0.3, "fraction of the steps in which the rate falls (wsd); all of it in the dense stage")

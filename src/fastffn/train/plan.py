@@ -48,7 +48,7 @@ def plan_stages(config: PretrainConfig, steps: int) -> dict[str, Stage]:
     """
     rate = config.learning_rate
     dense_rate = config.dense_learning_rate or rate
-    factor_rate = config.factor_learning_rate or rate
+    factor_rate = config.factor_learning_rate or (dense_rate if config.ffn == "dense" else rate)
     seed = config.seed
 
     def dense(name: str, steps: int) -> Stage:
@@ -57,7 +57,8 @@ def plan_stages(config: PretrainConfig, steps: int) -> dict[str, Stage]:
             end=steps,
             total=steps,
             learning_rate=dense_rate,
-            switched_learning_rate=dense_rate,
+            # Beside another kind the baseline has one rate; alone it may have what the others have.
+            switched_learning_rate=factor_rate if config.ffn == "dense" else dense_rate,
             data_seed=seed,
         )
 
