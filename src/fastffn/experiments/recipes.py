@@ -68,8 +68,8 @@ def _low_rank(name: str, note: str, **fields: Any) -> Recipe:
     return Recipe(name, note=note, **fields)
 
 
-def _narrow(name: str, note: str, width: float, **changes: Any) -> Recipe:
-    return Recipe(name, "narrow", None, width, changes=changes, note=note)
+def _narrow(name: str, note: str, width: float, rate: float = 1.0, **changes: Any) -> Recipe:
+    return Recipe(name, "narrow", None, width, changes=changes, factors_rate=rate, note=note)
 
 
 def recipes() -> dict[str, Recipe]:
@@ -90,15 +90,14 @@ def recipes() -> dict[str, Recipe]:
         Recipe("block-normal", "block", None, options={"start": "normal"}, note="4 blocks, random factors"),
         Recipe("block-rank", "block", 1 / 16, options={"blocks": 8}, note="8 blocks and rank d/16"),
         _narrow("no-ffn", "one neuron awake", 0.0),
-        _narrow("no-ffn-20", "one neuron awake, switch after 20 %", 0.0, switch=0.2),
         _narrow("narrow", "d neurons awake", 1.0),
         _narrow("narrow-30", "d neurons awake, switch after 30 %", 1.0, switch=0.3),
-        dataclasses.replace(
-            _narrow("narrow-2x-30", "d neurons awake, twice the rate, switch after 30 %", 1.0, switch=0.3),
-            factors_rate=2.0,
-        ),
-        _narrow("narrow-half-30", "2 d neurons awake, switch after 30 %", 2.0, switch=0.3),
-        _narrow("narrow-half", "2 d neurons awake", 2.0),
+        _narrow("narrow-2x", "d neurons awake, FFNs at twice the rate", 1.0, 2.0),
+        _narrow("narrow-2x-30", "d neurons awake, twice the rate, switch after 30 %", 1.0, 2.0, switch=0.3),
+        _narrow("narrow-2x-70", "d neurons awake, twice the rate, switch after 70 %", 1.0, 2.0, switch=0.7),
+        _narrow("narrow-4x", "d neurons awake, four times the rate", 1.0, 4.0),
+        _narrow("half-2x", "2 d neurons awake, FFNs at twice the rate", 2.0, 2.0),
+        _narrow("quarter-4x", "d/2 neurons awake, four times the rate", 0.5, 4.0),
         _low_rank("normal", "random factors", options={"start": "normal"}),
         _low_rank("rescale", "spectral start rescaled to the dense norm", options={"rescale": True}),
         _low_rank("factor-decay", "weight decay on each factor", changes={"frobenius_decay": False}),
