@@ -24,14 +24,17 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-void tree_forward(int isa, int dtype, int activation, Address x, Address w_in, Address b_in, Address w_out, Address y,
-                  Address scores, Address last, std::int64_t tokens, std::int64_t trees, std::int64_t levels,
-                  std::int64_t d_in, std::int64_t d_out, std::int64_t x_stride, int threads) {
+void tree_forward(int isa, int dtype, int activation, Address x, Address w_in, Address b_in, Address w_out,
+                  Address in_scale, Address out_scale, Address y, Address scores, Address last, std::int64_t tokens,
+                  std::int64_t trees, std::int64_t levels, std::int64_t d_in, std::int64_t d_out, std::int64_t x_stride,
+                  int threads) {
     const fastffn::TreeForward args{at<const void>(x), at<const void>(w_in), at<const void>(b_in), at<const void>(w_out),
-                                    at<void>(y), at<float>(scores), at<std::int64_t>(last), tokens, trees, levels,
-                                    d_in, d_out, x_stride, activation, threads};
+                                    at<const float>(in_scale), at<const float>(out_scale), at<void>(y),
+                                    at<float>(scores), at<std::int64_t>(last), tokens, trees, levels, d_in, d_out,
+                                    x_stride, activation, threads};
     nb::gil_scoped_release released;
-    fastffn::isa_kernels(isa)->tree->forward[dtype](args);
+    const fastffn::TreeKernels& kernels = *fastffn::isa_kernels(isa)->tree;
+    (in_scale ? kernels.forward_int8 : kernels.forward)[dtype](args);
 }
 
 void tree_backward(int isa, int dtype, int activation, bool straight_through, Address gradient, Address x, Address w_in,

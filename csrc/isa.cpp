@@ -8,8 +8,11 @@ std::vector<Kernels> usable() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512vl")) {
+        if (__builtin_cpu_supports("avx512bf16"))
+            found.push_back({"avx512_bf16", tree_kernels_avx512_bf16(), mlp_kernels_avx512()});
         found.push_back({"avx512", tree_kernels_avx512(), mlp_kernels_avx512()});
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         found.push_back({"avx2", tree_kernels_avx2(), mlp_kernels_avx2()});
     found.push_back({"sse2", tree_kernels_baseline(), mlp_kernels_baseline()});

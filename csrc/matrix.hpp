@@ -20,36 +20,6 @@ constexpr std::int64_t kDepth = W == 16 ? 192 : 384;
 FASTFFN_INLINE std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 FASTFFN_INLINE std::int64_t vectors_of(std::int64_t n) { return (n + W - 1) / W; }
 
-// As load_part and store_part, without a call; n may be W.
-#if defined(__AVX512F__)
-FASTFFN_INLINE vf load_some(const float* p, std::int64_t n) {
-    return (vf)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p);
-}
-FASTFFN_INLINE vh load_some_halves(const void* p, std::int64_t n) {
-    return (vh)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p);
-}
-FASTFFN_INLINE vf load_some(const bfloat16* p, std::int64_t n) { return widen_bf16(load_some_halves(p, n)); }
-FASTFFN_INLINE vf load_some(const float16* p, std::int64_t n) { return widen_f16(load_some_halves(p, n)); }
-FASTFFN_INLINE void store_some(float* p, vf v, std::int64_t n) {
-    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), (__m512)v);
-}
-FASTFFN_INLINE void store_some(bfloat16* p, vf v, std::int64_t n) {
-    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1u), (__m256i)narrow_bf16(v));
-}
-FASTFFN_INLINE void store_some(float16* p, vf v, std::int64_t n) {
-    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1u), (__m256i)narrow_f16(v));
-}
-#else
-template <class T>
-FASTFFN_INLINE vf load_some(const T* p, std::int64_t n) {
-    return n >= W ? load(p) : load_part(p, n);
-}
-template <class T>
-FASTFFN_INLINE void store_some(T* p, vf v, std::int64_t n) {
-    n >= W ? store(p, v) : store_part(p, v, n);
-}
-#endif
-
 template <int... L>
 struct Lanes {};
 template <int N, int... L>

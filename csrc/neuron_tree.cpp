@@ -7,6 +7,8 @@
 // sum in the order of trees and levels: the result of a token depends neither on its batch nor on the number of threads.
 #include "neuron_tree.hpp"
 
+#include <type_traits>
+
 #include "activations.hpp"
 #include "simd.hpp"
 #include "threads.hpp"
@@ -22,85 +24,150 @@ constexpr i64 kChunk = 64;  // tokens whose rows of x stay in the second-level c
 constexpr i64 kStageBytes = 256 << 10;  // of w_in that a stage's subtree may take up
 
 // <x, w>, in the order that every kernel here keeps: four partial sums of every fourth vector.
-template <class T>
-FASTFFN_INLINE float dot(const T* x, const T* w, i64 n) {
+template <class X, class R>
+FASTFFN_INLINE float dot(const X* x, const R* w, i64 n) {
     vf a0{}, a1{}, a2{}, a3{};
     i64 i = 0;
-    for (; i + 4 * W <= n; i += 4 * W) {
-        a0 += load(x + i) * load(w + i);
-        a1 += load(x + i + W) * load(w + i + W);
-        a2 += load(x + i + 2 * W) * load(w + i + 2 * W);
-        a3 += load(x + i + 3 * W) * load(w + i + 3 * W);
+    const auto two = [&](vf& low, vf& high) {
+        vf xa, xb, wa, wb;
+        if constexpr (sizeof(R) == sizeof(X)) {
+            load_pair(x + i, xa, xb);
+        } else {  // in the order of int8
+            xa = load(x + i);
+            xb = load(x + i + W);
+        }
+        load_pair(w + i, wa, wb);
+        low += xa * wa;
+        high += xb * wb;
+        i += 2 * W;
+    };
+    while (i + 4 * W <= n) {
+        two(a0, a1);
+        two(a2, a3);
     }
+    if (i + 2 * W <= n) two(a0, a1);
     for (; i + W <= n; i += W) a0 += load(x + i) * load(w + i);
     if (i < n) a1 += load_part(x + i, n - i) * load_part(w + i, n - i);
     return sum((a0 + a1) + (a2 + a3));
 }
 
-// y (+)= sum over rows of coefficient * row, in the order of the rows.
+#if defined(__AVX512BF16__)
+// Products of pairs, added in float: half the loads.
+FASTFFN_INLINE float dot(const bfloat16* x, const bfloat16* w, i64 n) {
+    const auto products = [&](vf sums, i64 i) {
+        return (vf)_mm512_dpbf16_ps((__m512)sums, load_raw<__m512bh>(x + i), load_raw<__m512bh>(w + i));
+    };
+    vf a0{}, a1{}, a2{}, a3{};
+    i64 i = 0;
+    for (; i + 8 * W <= n; i += 8 * W) {
+        a0 = products(a0, i);
+        a1 = products(a1, i + 2 * W);
+        a2 = products(a2, i + 4 * W);
+        a3 = products(a3, i + 6 * W);
+    }
+    for (; i + 2 * W <= n; i += 2 * W) a0 = products(a0, i);
+    for (; i + W <= n; i += W) a1 += load(x + i) * load(w + i);
+    if (i < n) a2 += load_part(x + i, n - i) * load_part(w + i, n - i);
+    return sum((a0 + a1) + (a2 + a3));
+}
+#endif
+
+// y (+)= sum over rows of coefficient * row, in the order of the rows. Of unfinished sums (y of floats, rows narrower)
+// each pair of vectors is in the order of load_pair.
 template <class T, class Y, int B>
 FASTFFN_INLINE void combine_block(const T* const* rows, const float* coefficients, i64 count, Y* y, i64 at, bool add) {
-    vf a[B];
-    for (int k = 0; k < B; ++k) a[k] = add ? load(y + at + k * W) : vf{};
+    vf a[B][2] = {};
+    if constexpr (sizeof(Y) == sizeof(float))
+        if (add)
+            for (int k = 0; k < B; ++k) {
+                a[k][0] = load(y + at + 2 * k * W);
+                a[k][1] = load(y + at + (2 * k + 1) * W);
+            }
     for (i64 r = 0; r < count; ++r) {
         const vf c = splat(coefficients[r]);
         const T* row = rows[r] + at;
-        for (int k = 0; k < B; ++k) a[k] += c * load(row + k * W);
+        for (int k = 0; k < B; ++k) {
+            vf low, high;
+            load_pair(row + 2 * k * W, low, high);
+            a[k][0] += c * low;
+            a[k][1] += c * high;
+        }
     }
-    for (int k = 0; k < B; ++k) store(y + at + k * W, a[k]);
+    for (int k = 0; k < B; ++k) store_pair<T>(y + at + 2 * k * W, a[k][0], a[k][1]);
 }
 
+// `add` only where y is of floats.
 template <class T, class Y>
 inline void combine(const T* const* rows, const float* coefficients, i64 count, Y* y, i64 n, bool add) {
     i64 at = 0;
-    for (; at + 8 * W <= n; at += 8 * W) combine_block<T, Y, 8>(rows, coefficients, count, y, at, add);
-    for (; at + W <= n; at += W) combine_block<T, Y, 1>(rows, coefficients, count, y, at, add);
-    if (at < n) {
-        vf a = add ? load_part(y + at, n - at) : vf{};
-        for (i64 r = 0; r < count; ++r) a += splat(coefficients[r]) * load_part(rows[r] + at, n - at);
-        store_part(y + at, a, n - at);
+    for (; at + 8 * W <= n; at += 8 * W) combine_block<T, Y, 4>(rows, coefficients, count, y, at, add);
+    for (; at + 2 * W <= n; at += 2 * W) combine_block<T, Y, 1>(rows, coefficients, count, y, at, add);
+    for (i64 here; at < n; at += here) {
+        here = n - at < W ? n - at : W;
+        vf a = add ? load_some(y + at, here) : vf{};
+        for (i64 r = 0; r < count; ++r) a += splat(coefficients[r]) * load_some(rows[r] + at, here);
+        store_some(y + at, a, here);
     }
 }
 
-template <class T>
-inline void narrow_row(const float* from, T* to, i64 n) {
+// Finishes sums of rows of dtype R.
+template <class R, class Y>
+inline void narrow_row(const float* from, Y* to, i64 n) {
     i64 at = 0;
-    for (; at + W <= n; at += W) store(to + at, load(from + at));
-    if (at < n) store_part(to + at, load_part(from + at, n - at), n - at);
+    for (; at + 2 * W <= n; at += 2 * W) store_pair<R>(to + at, load(from + at), load(from + at + W));
+    for (i64 here; at < n; at += here) {
+        here = n - at < W ? n - at : W;
+        store_some(to + at, load_some(from + at, here), here);
+    }
 }
 
-// One tree.
-template <class T>
+// One tree, whose weights are of dtype R, its biases of dtype B.
+template <class R, class B>
 struct Tree {
-    const T* w_in;
-    const T* b_in;
-    const T* w_out;
+    const R* w_in;
+    const B* b_in;
+    const R* w_out;
+    const float* in_scale;
+    const float* out_scale;
     i64 d_in, d_out;
 
-    FASTFFN_INLINE const T* in(i64 node) const { return w_in + node * d_in; }
-    FASTFFN_INLINE const T* out(i64 node) const { return w_out + node * d_out; }
-    FASTFFN_INLINE float bias(i64 node) const { return b_in ? load_one(b_in + node) : 0.0f; }
+    static constexpr bool scaled = sizeof(R) == 1;
+
+    FASTFFN_INLINE const R* out(i64 node) const { return w_out + node * d_out; }
+    template <class X>
+    FASTFFN_INLINE float score(const X* x, i64 node) const {
+        float score = dot(x, w_in + node * d_in, d_in);
+        if constexpr (scaled) score *= in_scale[node];
+        return b_in ? score + load_one(b_in + node) : score;
+    }
+    // What the row of w_out of each node on the path to `node` counts, from the activations.
+    FASTFFN_INLINE void scale(float* coefficients, i64 node, i64 levels) const {
+        if constexpr (scaled)
+            for (i64 level = levels - 1; level >= 0; --level) {
+                coefficients[level] *= out_scale[node];
+                node = (node - 1) / 2;
+            }
+    }
 };
 
 // A token on its way down one tree.
-template <class T>
+template <class X, class Tree>
 struct Walker {
-    const T* x;
+    const X* x;
     float* scores;  // of all levels
     i32* node;
-    const Tree<T>* tree;
+    const Tree* tree;
 };
 
 // Leads `count` walkers from level `from` to before level `to`; after the last level of the tree (`last`) they stay at
 // the node they visited, else they stand at the one they visit next.
-template <class T>
-inline void walk(const Walker<T>* walkers, i64 count, i64 from, i64 to, bool last) {
+template <class X, class Tree>
+inline void walk(const Walker<X, Tree>* walkers, i64 count, i64 from, i64 to, bool last) {
     for (i64 level = from; level < to; ++level) {
         for (i64 i = 0; i < count; ++i) {
-            const Walker<T>& walker = walkers[i];
-            const Tree<T>& tree = *walker.tree;
+            const Walker<X, Tree>& walker = walkers[i];
             const i64 node = *walker.node;
-            const float score = dot(walker.x, tree.in(node), tree.d_in) + tree.bias(node);
+            const float score = walker.tree->score(walker.x, node);
             walker.scores[level] = score;
             if (last && level + 1 == to) continue;
             // Zero goes left, and so does what is not a number.
@@ -111,8 +178,8 @@ inline void walk(const Walker<T>* walkers, i64 count, i64 from, i64 to, bool las
 }
 
 // The rows of w_out on the path to `node`, the root's first.
-template <class T>
-FASTFFN_INLINE void path_rows(const Tree<T>& tree, i64 node, i64 levels, const T** rows) {
+template <class Tree, class R>
+FASTFFN_INLINE void path_rows(const Tree& tree, i64 node, i64 levels, const R** rows) {
     for (i64 level = levels - 1; level >= 0; --level) {
         rows[level] = tree.out(node);
         node = (node - 1) / 2;
@@ -132,27 +199,36 @@ inline void sort_by_node(const i32* order, const i32* node, i64 count, i64 first
 
 FASTFFN_INLINE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 
-template <class T>
+// Tokens and outputs are of dtype X, weights of dtype R.
+template <class X, class R>
 struct Forward {
+    using Bias = std::conditional_t<sizeof(R) == 1, float, X>;
+    using Tree = ::Tree<R, Bias>;
+    static constexpr bool wide = sizeof(X) == sizeof(float);
+
     const fastffn::TreeForward& a;
-    const T* x;
-    T* y;
+    const X* x;
+    X* y;
     i64 nodes;
     Activation activation;
     int threads;
 
     explicit Forward(const fastffn::TreeForward& args)
         : a(args),
-          x(static_cast<const T*>(args.x)),
-          y(static_cast<T*>(args.y)),
+          x(static_cast<const X*>(args.x)),
+          y(static_cast<X*>(args.y)),
           nodes((i64{1} << args.levels) - 1),
           activation(static_cast<Activation>(args.activation)),
           threads(fastffn::usable_threads(args.threads)) {}
 
-    Tree<T> tree(i64 p) const {
-        return {static_cast<const T*>(a.w_in) + p * nodes * a.d_in,
-                a.b_in ? static_cast<const T*>(a.b_in) + p * nodes : nullptr,
-                static_cast<const T*>(a.w_out) + p * nodes * a.d_out, a.d_in, a.d_out};
+    Tree tree(i64 p) const {
+        return {static_cast<const R*>(a.w_in) + p * nodes * a.d_in,
+                a.b_in ? static_cast<const Bias*>(a.b_in) + p * nodes : nullptr,
+                static_cast<const R*>(a.w_out) + p * nodes * a.d_out,
+                Tree::scaled ? a.in_scale + p * nodes : nullptr,
+                Tree::scaled ? a.out_scale + p * nodes : nullptr,
+                a.d_in,
+                a.d_out};
     }
 
     // Few tokens: each tile goes down all trees at once, and its outputs follow immediately.
@@ -169,14 +245,14 @@ struct Forward {
         for (i64 number = 0; number < tiles; ++number) {
             const i64 begin = number * step, count = smaller(step, a.tokens - begin);
             float scores[kLanes * 32], coefficients[kLanes * 32];
-            const T* rows[kLanes * 32];
+            const R* rows[kLanes * 32];
             i32 node[kLanes];
-            Tree<T> tree_of[kLanes];
-            Walker<T> walkers[kLanes];
-            float* sums = nullptr;
-            constexpr bool wide = sizeof(T) == sizeof(float);
-            if (!wide) sums = static_cast<float*>(scratch(0, static_cast<std::size_t>(count * a.d_out) * sizeof(float)));
+            Tree tree_of[kLanes];
+            Walker<X, Tree> walkers[kLanes];
             const i64 group = smaller(trees, kLanes / count);
+            float* sums = nullptr;
+            if (!wide && group < trees)
+                sums = static_cast<float*>(scratch(0, static_cast<std::size_t>(count * a.d_out) * sizeof(float)));
             for (i64 p0 = 0; p0 < trees; p0 += group) {
                 const i64 here = smaller(group, trees - p0);
                 // Lanes by token, then tree: what one token adds up lies together.
@@ -190,13 +266,16 @@ struct Forward {
                 const i64 lanes = count * here;
                 walk(walkers, lanes, 0, levels, true);
                 activate_all(activation, scores, coefficients, lanes * levels);
-                for (i64 lane = 0; lane < lanes; ++lane) path_rows(*walkers[lane].tree, node[lane], levels, rows + lane * levels);
+                for (i64 lane = 0; lane < lanes; ++lane) {
+                    path_rows(*walkers[lane].tree, node[lane], levels, rows + lane * levels);
+                    walkers[lane].tree->scale(coefficients + lane * levels, node[lane], levels);
+                }
                 for (i64 i = 0; i < count; ++i) {
                     const i64 first = i * here * levels;
-                    if constexpr (wide)
-                        combine(rows + first, coefficients + first, here * levels, y + (begin + i) * a.d_out, a.d_out, p0 > 0);
-                    else
+                    if (sums)
                         combine(rows + first, coefficients + first, here * levels, sums + i * a.d_out, a.d_out, p0 > 0);
+                    else
+                        combine(rows + first, coefficients + first, here * levels, y + (begin + i) * a.d_out, a.d_out, p0 > 0);
                 }
                 if (a.scores)
                     for (i64 i = 0; i < count; ++i)
@@ -207,15 +286,14 @@ struct Forward {
                             a.last[at] = node[i * here + p];
                         }
             }
-            if constexpr (!wide)
-                for (i64 i = 0; i < count; ++i) narrow_row(sums + i * a.d_out, y + (begin + i) * a.d_out, a.d_out);
+            if (sums)
+                for (i64 i = 0; i < count; ++i) narrow_row<R>(sums + i * a.d_out, y + (begin + i) * a.d_out, a.d_out);
         }
     }
 
     // Many tokens: tree by tree, in stages.
     void staged(i64 stages) const {
         const i64 levels = a.levels, tokens = a.tokens;
-        constexpr bool wide = sizeof(T) == sizeof(float);
         const auto floats = [](i64 n) { return static_cast<std::size_t>(n) * sizeof(float); };
         float* own_scores = a.scores ? nullptr : static_cast<float*>(scratch(1, floats(tokens * levels)));
         i32* node = static_cast<i32*>(scratch(2, floats(tokens)));
@@ -226,7 +304,7 @@ struct Forward {
         float* sums = !wide && a.trees > 1 ? static_cast<float*>(scratch(5, floats(tokens * a.d_out))) : nullptr;
         const i64 chunks = (tokens + kChunk - 1) / kChunk;
         for (i64 p = 0; p < a.trees; ++p) {
-            const Tree<T> here = tree(p);
+            const Tree here = tree(p);
             float* scores = a.scores ? a.scores + p * tokens * levels : own_scores;
             const bool first_tree = p == 0, last_tree = p + 1 == a.trees;
             std::memset(node, 0, floats(tokens));
@@ -242,7 +320,7 @@ struct Forward {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
                 for (i64 chunk = 0; chunk < chunks; ++chunk) {
                     const i64 begin = chunk * kChunk, count = smaller(kChunk, tokens - begin);
-                    Walker<T> walkers[kTile];
+                    Walker<X, Tree> walkers[kTile];
                     const auto token = [&](i64 i) { return sorted ? static_cast<i64>(sorted[begin + i]) : begin + i; };
                     for (i64 done = 0; done < count; done += kTile) {
                         const i64 now = smaller(kTile, count - done);
@@ -254,17 +332,18 @@ struct Forward {
                     }
                     if (!final) continue;
                     float coefficients[32];
-                    const T* rows[32];
+                    const R* rows[32];
                     for (i64 i = 0; i < count; ++i) {
                         const i64 t = token(i);
                         activate_all(activation, scores + t * levels, coefficients, levels);
                         path_rows(here, node[t], levels, rows);
+                        here.scale(coefficients, node[t], levels);
                         if (a.last) a.last[p * tokens + t] = node[t];
                         if constexpr (wide) {
                             combine(rows, coefficients, levels, y + t * a.d_out, a.d_out, !first_tree);
                         } else if (sums) {
                             combine(rows, coefficients, levels, sums + t * a.d_out, a.d_out, !first_tree);
-                            if (last_tree) narrow_row(sums + t * a.d_out, y + t * a.d_out, a.d_out);
+                            if (last_tree) narrow_row<R>(sums + t * a.d_out, y + t * a.d_out, a.d_out);
                         } else {
                             combine(rows, coefficients, levels, y + t * a.d_out, a.d_out, false);
                         }
@@ -276,7 +355,7 @@ struct Forward {
 
     void run() const {
         i64 per_stage = 3;
-        while (per_stage < 31 && ((i64{2} << per_stage) - 1) * a.d_in * static_cast<i64>(sizeof(T)) <= kStageBytes) ++per_stage;
+        while (per_stage < 31 && ((i64{2} << per_stage) - 1) * a.d_in * static_cast<i64>(sizeof(R)) <= kStageBytes) ++per_stage;
         const i64 stages = (a.levels + per_stage - 1) / per_stage;
         if (a.tokens < 128)
             direct();
@@ -285,10 +364,10 @@ struct Forward {
     }
 };
 
-template <class T>
+template <class X, class R>
 void forward(const fastffn::TreeForward& args) {
-    fastffn::prefer_large_pages(args.y, static_cast<std::size_t>(args.tokens * args.d_out) * sizeof(T));
-    if (args.tokens > 0) Forward<T>(args).run();
+    fastffn::prefer_large_pages(args.y, static_cast<std::size_t>(args.tokens * args.d_out) * sizeof(X));
+    if (args.tokens > 0) Forward<X, R>(args).run();
 }
 
 // Four dot products with the same vector, each in an order of its own that does not depend on the others.
@@ -297,10 +376,13 @@ FASTFFN_INLINE void four_dots(const T* g, const T* const* rows, i64 n, float* re
     vf a[4][2] = {};
     i64 i = 0;
     for (; i + 2 * W <= n; i += 2 * W) {
-        const vf low = load(g + i), high = load(g + i + W);
+        vf low, high;
+        load_pair(g + i, low, high);
         for (int r = 0; r < 4; ++r) {
-            a[r][0] += low * load(rows[r] + i);
-            a[r][1] += high * load(rows[r] + i + W);
+            vf row_low, row_high;
+            load_pair(rows[r] + i, row_low, row_high);
+            a[r][0] += low * row_low;
+            a[r][1] += high * row_high;
         }
     }
     for (; i + W <= n; i += W)
@@ -310,40 +392,52 @@ FASTFFN_INLINE void four_dots(const T* g, const T* const* rows, i64 n, float* re
     for (int r = 0; r < 4; ++r) results[r] = sum(a[r][0] + a[r][1]);
 }
 
+#if defined(__AVX512BF16__)
+FASTFFN_INLINE void four_dots(const bfloat16* g, const bfloat16* const* rows, i64 n, float* results) {
+    for (int r = 0; r < 4; ++r) results[r] = dot(g, rows[r], n);
+}
+#endif
+
 // R rows, each (+)= sum over tokens of coefficient * vector of the token. The coefficients of a token lie `stride`
-// after those of the one before, those of the rows side by side.
+// after those of the one before, those of the rows side by side. The sums are unfinished.
 template <class T, int R, int B>
 FASTFFN_INLINE void gather_block(const T* const* vectors, const float* coefficients, i64 stride, i64 count,
                                  float* const* to, const bool* add, i64 at) {
-    vf a[R][B];
+    vf a[R][2 * B];
     for (int r = 0; r < R; ++r)
-        for (int k = 0; k < B; ++k) a[r][k] = add[r] ? load(to[r] + at + k * W) : vf{};
+        for (int k = 0; k < 2 * B; ++k) a[r][k] = add[r] ? load(to[r] + at + k * W) : vf{};
     for (i64 t = 0; t < count; ++t) {
         const T* vector = vectors[t] + at;
         const float* c = coefficients + t * stride;
         for (int k = 0; k < B; ++k) {
-            const vf v = load(vector + k * W);
-            for (int r = 0; r < R; ++r) a[r][k] += splat(c[r]) * v;
+            vf low, high;
+            load_pair(vector + 2 * k * W, low, high);
+            for (int r = 0; r < R; ++r) {
+                a[r][2 * k] += splat(c[r]) * low;
+                a[r][2 * k + 1] += splat(c[r]) * high;
+            }
         }
     }
     for (int r = 0; r < R; ++r)
-        for (int k = 0; k < B; ++k) store(to[r] + at + k * W, a[r][k]);
+        for (int k = 0; k < 2 * B; ++k) store(to[r] + at + k * W, a[r][k]);
 }
 
 template <class T, int R>
 inline void gather(const T* const* vectors, const float* coefficients, i64 stride, i64 count, float* const* to,
                    const bool* add, i64 n) {
-    constexpr int B = R == 1 ? 8 : R == 2 ? 8 : 4;
+    constexpr int B = R < 4 ? 4 : 2;
     i64 at = 0;
-    for (; at + B * W <= n; at += B * W) gather_block<T, R, B>(vectors, coefficients, stride, count, to, add, at);
-    for (; at + W <= n; at += W) gather_block<T, R, 1>(vectors, coefficients, stride, count, to, add, at);
-    if (at < n)
+    for (; at + 2 * B * W <= n; at += 2 * B * W) gather_block<T, R, B>(vectors, coefficients, stride, count, to, add, at);
+    for (; at + 2 * W <= n; at += 2 * W) gather_block<T, R, 1>(vectors, coefficients, stride, count, to, add, at);
+    for (i64 here; at < n; at += here) {
+        here = n - at < W ? n - at : W;
         for (int r = 0; r < R; ++r) {
-            vf a = add[r] ? load_part(to[r] + at, n - at) : vf{};
+            vf a = add[r] ? load_some(to[r] + at, here) : vf{};
             for (i64 t = 0; t < count; ++t)
-                a += splat(coefficients[t * stride + r]) * load_part(vectors[t] + at, n - at);
-            store_part(to[r] + at, a, n - at);
+                a += splat(coefficients[t * stride + r]) * load_some(vectors[t] + at, here);
+            store_some(to[r] + at, a, here);
         }
+    }
 }
 
 // Backward. Tokens are sorted by the last node they visited, so that the tokens of every node are neighbours. They are
@@ -423,7 +517,7 @@ struct Backward {
             gather<T, R>(vectors, side.coefficients + begin * levels + level, levels, end - begin, to, add, side.width);
             if constexpr (sizeof(T) != sizeof(float))
                 for (int r = 0; r < R; ++r)
-                    if (direct[r]) narrow_row(to[r], side.to + node_at(work, begin, level + r) * side.width, side.width);
+                    if (direct[r]) narrow_row<T>(to[r], side.to + node_at(work, begin, level + r) * side.width, side.width);
         }
     }
 
@@ -473,7 +567,7 @@ struct Backward {
                 if (closes[r] && !part.left[l])
                     for (const Side& side : work.sides)
                         if (side.to)
-                            narrow_row(slot(side, part.number, l, false),
+                            narrow_row<T>(slot(side, part.number, l, false),
                                        side.to + node_at(work, begin, l) * side.width, side.width);
             }
             level += shared;
@@ -525,7 +619,7 @@ struct Backward {
                                 combine(rows, d_scores + i * levels, levels, to, a.d_in, p > 0);
                             } else if (d_x_sums) {
                                 combine(rows, d_scores + i * levels, levels, d_x_sums + t * a.d_in, a.d_in, p > 0);
-                                if (p + 1 == a.trees) narrow_row(d_x_sums + t * a.d_in, to, a.d_in);
+                                if (p + 1 == a.trees) narrow_row<T>(d_x_sums + t * a.d_in, to, a.d_in);
                             } else {
                                 combine(rows, d_scores + i * levels, levels, to, a.d_in, false);
                             }
@@ -616,7 +710,7 @@ struct Backward {
                     store_part(total + at, load_part(total + at, side.width - at) + load_part(more + at, side.width - at),
                                side.width - at);
             }
-            narrow_row(total, to, side.width);
+            narrow_row<T>(total, to, side.width);
         }
     }
 };
@@ -634,7 +728,8 @@ void backward(const fastffn::TreeBackward& args) {
 }
 
 const fastffn::TreeKernels kKernels = {
-    {forward<float>, forward<bfloat16>, forward<float16>},
+    {forward<float, float>, forward<bfloat16, bfloat16>, forward<float16, float16>},
+    {forward<float, std::int8_t>, forward<bfloat16, std::int8_t>, forward<float16, std::int8_t>},
     {backward<float>, backward<bfloat16>, backward<float16>},
 };
 

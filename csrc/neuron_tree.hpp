@@ -15,6 +15,8 @@ struct TreeForward {
     const void* w_in;   // [P, N, D]
     const void* b_in;   // [P, N], or null
     const void* w_out;  // [P, N, O]
+    const float* in_scale;   // [P, N]: what a row of w_in is to be multiplied by; null unless weights are int8
+    const float* out_scale;  // [P, N]
     void* y;            // [T, O]
     float* scores;      // [P, T, L], or null where no gradient is asked
     std::int64_t* last; // [P, T], or null
@@ -42,10 +44,12 @@ struct TreeBackward {
 
 struct TreeKernels {
     void (*forward[3])(const TreeForward&);    // by Dtype
+    void (*forward_int8[3])(const TreeForward&);  // weights int8, b_in float, x and y by Dtype
     void (*backward[3])(const TreeBackward&);
 };
 
 // One table for each instruction set that was compiled; null where it was not.
+const TreeKernels* tree_kernels_avx512_bf16();
 const TreeKernels* tree_kernels_avx512();
 const TreeKernels* tree_kernels_avx2();
 const TreeKernels* tree_kernels_baseline();

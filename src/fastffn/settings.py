@@ -7,7 +7,7 @@ from pathlib import Path
 
 ENVIRONMENT = {
     "FASTFFN_DATA_DIR": "folder of real texts and tokenizers, for tests, benchmarks and experiments",
-    "FASTFFN_CPU_ISA": "instruction set of the compiled kernels: avx512, avx2, sse2 or neon; the fastest unless set",
+    "FASTFFN_CPU_ISA": "instruction set of compiled kernels: avx512_bf16, avx512, avx2, sse2, neon; unset: the fastest",
 }
 
 

@@ -150,11 +150,11 @@ def test_layers_of_a_stack_get_the_same_tokens_and_their_outputs_are_added() -> 
     for layer, found in zip(layers, wanted, strict=True):
         torch.testing.assert_close(layer.w_in.grad, found)
     result = bench_layer(case)
-    assert result["regime"].startswith("a stack") and result["layers"] == 3
+    assert result["regime"].startswith("A stack") and result["layers"] == 3
     assert "3 layers" in format_layer(result)
 
 
-def test_caches_are_emptied_before_each_call_of_a_stack_only(monkeypatch) -> None:
+def test_caches_are_emptied_before_each_call_only_where_that_is_asked(monkeypatch) -> None:
     seen = []
     timed = run.alternate
 
@@ -164,9 +164,11 @@ def test_caches_are_emptied_before_each_call_of_a_stack_only(monkeypatch) -> Non
 
     monkeypatch.setattr(run, "alternate", spy)
     bench_layer(case_of())
-    assert not any(seen)
     bench_layer(case_of(layers=2))
+    assert not any(seen)
+    result = bench_layer(case_of(layers=2, cold=True))
     assert any(seen)
+    assert result["cold"] and "caches are emptied" in format_layer(result)
 
 
 def break_float32(monkeypatch, *, gradient: bool) -> None:
@@ -358,10 +360,11 @@ def test_bound_by_hand(monkeypatch) -> None:
     assert found.reads == (2 * weights + 3 * D * 4) / 10
     assert found.writes == (3 * D * 4 + weights + 3 * D * 4) / 100
     assert asked[-2:] == [[3 * D * 4, 4 * D * 8, 4 * 8, 4 * D * 8, 4 * D], [3 * D * 4]]
-    stack = case_of("dense", fields={"d_hidden": 8}, layers=2)
-    found = bound(stack, stack.build(), x, "forward", limits, fresh=True)
-    assert found.reads == (2 * weights + 3 * D * 4) / 5  # from memory
-    assert found.faults == 2000.0
+    for cold, bandwidth in ((False, 10), (True, 5)):  # from a cache, from memory
+        stack = case_of("dense", fields={"d_hidden": 8}, layers=2, cold=cold)
+        found = bound(stack, stack.build(), x, "forward", limits, fresh=True)
+        assert found.reads == (2 * weights + 3 * D * 4) / bandwidth
+        assert found.faults == 2000.0
 
 
 def test_a_tree_multiplies_with_visited_neurons_only() -> None:

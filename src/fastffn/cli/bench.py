@@ -72,6 +72,7 @@ def step(
 @click.option("--tokens", default="1,8,64,512,4096,16384", show_default=True, help="Sizes of the batch.")
 @click.option("--passes", type=click.Choice(["forward", "both"]), default="both", show_default=True)
 @click.option("--layers", type=int, default=1, show_default=True, help="1: one again and again; more: a stack.")
+@click.option("--cold", is_flag=True, help="Empty all caches before each call.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", type=int, help="Of the processor.  [default: what torch takes]")

@@ -33,7 +33,8 @@ def _own_formulas() -> dict[Any, Callable[..., int]]:
             return 2 * op.flops(*shapes[1 : 1 + op.arguments])
 
         formulas[op.operator] = forward
-        formulas[op.operator_backward] = backward
+        if op.operator_backward is not None:
+            formulas[op.operator_backward] = backward
 
     for op in OPS.values():
         add(op)

@@ -119,17 +119,18 @@ class NeuronTreeFFN(FFN[NeuronTreeConfig]):
         self.w_in = nn.Parameter(torch.empty(config.trees, nodes, config.d_model))
         self.b_in = nn.Parameter(torch.empty(config.trees, nodes))
         self.w_out = nn.Parameter(torch.empty(config.trees, nodes, config.d_out))
-        self.shared = None
-        if config.shared:
-            self.shared = DenseFFN(
-                DenseConfig(
-                    d_model=config.d_model,
-                    d_out=config.d_out,
-                    d_hidden=config.shared,
-                    activation=config.activation,
-                )
-            )
+        self.shared = self.shared_part(config)
         self.reset_parameters()
+
+    @staticmethod
+    def shared_part(config: NeuronTreeConfig) -> DenseFFN | None:
+        """The dense FFN beside the trees of a resolved configuration, None if it has none."""
+        if not config.shared:
+            return None
+        dense = DenseConfig(
+            d_model=config.d_model, d_out=config.d_out, d_hidden=config.shared, activation=config.activation
+        )
+        return DenseFFN(dense)
 
     def reset_parameters(self) -> None:
         """Draws the start values of the trees."""

@@ -8,7 +8,8 @@ from fastffn.ops.grouped_mlp.op import grouped_mlp
 from fastffn.ops.leaf_mixture.op import OP as LEAF_MIXTURE
 from fastffn.ops.leaf_mixture.op import leaf_mixture
 from fastffn.ops.neuron_tree import NEURON_TREE, neuron_tree
+from fastffn.ops.neuron_tree_int8 import NEURON_TREE_INT8, neuron_tree_int8
 
-__all__ = ["OPS", "grouped_mlp", "leaf_mixture", "neuron_tree"]
+__all__ = ["OPS", "grouped_mlp", "leaf_mixture", "neuron_tree", "neuron_tree_int8"]
 
-OPS: dict[str, Op] = {op.name: op for op in (NEURON_TREE, GROUPED_MLP, LEAF_MIXTURE)}
+OPS: dict[str, Op] = {op.name: op for op in (NEURON_TREE, NEURON_TREE_INT8, GROUPED_MLP, LEAF_MIXTURE)}

@@ -54,6 +54,10 @@ def _always(request: Any) -> str | None:
     return None
 
 
+def _no_backward(*arguments: Any, needs: tuple[bool, ...]) -> Tensors:
+    raise BackendError("This operation is for inference: it has no backward pass. Call it under torch.no_grad().")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Impl:
     """One implementation of an operation.
@@ -63,7 +67,8 @@ class Impl:
         forward: `(*tensors, *options, keep=bool, out=tensor or None) -> (y, *saved)`. `saved` is what the backward
             pass needs and is left out unless `keep`; `out`, given only without `keep`, is to be filled and returned.
         backward: `(gradient_of_y, *tensors, *options, *saved, needs=(bool for each tensor)) -> gradients`, one for
-            each tensor, None for those that `needs` leaves out. The gradient of y is contiguous.
+            each tensor, None for those that `needs` leaves out. The gradient of y is contiguous. Left out by
+            operations for inference.
         refuses: why this implementation cannot run a request, None if it can.
         yields: why it leaves a request that it could run to a later one, usually because that is faster there; None
             if it does not. Not asked when the implementation is called by name.
@@ -71,7 +76,7 @@ class Impl:
 
     name: str
     forward: Callable[..., tuple[torch.Tensor, ...]]
-    backward: Callable[..., Tensors]
+    backward: Callable[..., Tensors] = _no_backward
     refuses: Callable[[Any], str | None] = _always
     yields: Callable[[Any], str | None] = _always
 
@@ -123,7 +128,8 @@ class Op:
         name: of the operation; torch knows it as `fastffn::<name>` and `fastffn::<name>_backward`.
         tensors: schema of the tensors, such as "Tensor x, Tensor w, Tensor? b". A gradient may flow to each.
         options: schema of what follows them, such as "str activation".
-        saved: number of tensors that implementations save for the backward pass.
+        saved: number of tensors that implementations save for the backward pass; None if there is no such pass: the
+            operation is for inference, and its caller has refused tensors that ask for a gradient.
         fake: `(*tensors, *options) -> (y, *saved)`, empty tensors of the right shapes, dtypes and devices.
         request: `(*tensors, *options) -> request`: what the implementations look at to refuse or yield.
         example: a usual request, for `fastffn info`.
@@ -137,7 +143,7 @@ class Op:
         *,
         tensors: str,
         options: str,
-        saved: int,
+        saved: int | None,
         fake: Callable[..., tuple[torch.Tensor, ...]],
         request: Callable[..., Any],
         example: Any,
@@ -170,7 +176,9 @@ class Op:
         first = tensors[0]
         assert first is not None
         if torch.compiler.is_compiling() or first.is_meta:
-            y: torch.Tensor = self._traced(*tensors, *options)[0]
+            y: torch.Tensor = self._traced(*tensors, *options)
+            if self._saved is not None:
+                y = y[0]
             return y if out is None else out.copy_(y)
         impl = self.choose(self.request(*tensors, *options) if request is None else request)
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
@@ -197,17 +205,37 @@ class Op:
         return verdicts(self.impls, self.example)
 
     def _register(self, tensors: str, options: str) -> None:
-        """Makes the operation known to torch: forward and backward, with shapes for tracing and with autograd."""
+        """Makes the operation known to torch: with shapes for tracing, and with its backward pass if it has one."""
         given = ", ".join(part for part in (tensors, options) if part)
-        number = self._inputs
+        inference = self._saved is None
 
-        def forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        def forward(*arguments: Any) -> Any:
             impl = select(self.name, self.impls, self.request(*arguments))
-            return _plainly(arguments[0], impl.forward, *arguments, keep=True, out=None)
+            found = _plainly(arguments[0], impl.forward, *arguments, keep=not inference, out=None)
+            return found[0] if inference else found
+
+        def fake(*arguments: Any) -> Any:
+            return self._fake(*arguments)[0] if inference else self._fake(*arguments)
+
+        results = "Tensor" if self._saved is None else _results(1 + self._saved)
+        operator = torch.library.custom_op(
+            f"fastffn::{self.name}", forward, mutates_args=(), schema=f"({given}) -> {results}"
+        )
+        operator.register_fake(fake)
+        # The packets that torch itself keeps: FLOP counting and tracing meet these.
+        self.operator = getattr(torch.ops.fastffn, self.name)
+        self._traced = self.operator.default
+        self.operator_backward = None
+        if self._saved is not None:
+            self._register_backward(operator, given, self._saved)
+            self.operator_backward = getattr(torch.ops.fastffn, f"{self.name}_backward")
+
+    def _register_backward(self, operator: Any, given: str, saved: int) -> None:
+        number = self._inputs
 
         def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
             gradient, *rest, needs = arguments
-            given = rest[: len(rest) - self._saved]
+            given = rest[: len(rest) - saved]
             impl = select(self.name, self.impls, self.request(*given))
             gradients = _plainly(given[0], impl.backward, gradient.contiguous(), *rest, needs=tuple(needs))
             # An operator cannot return None.
@@ -217,19 +245,12 @@ class Op:
             gradient, *rest, needs = arguments
             return tuple(rest[i].new_empty(rest[i].shape) if needs[i] else gradient.new_empty(0) for i in range(number))
 
-        def results(of: int) -> str:
-            return "(" + ", ".join(["Tensor"] * of) + ")"
-
-        saved = ", ".join(f"Tensor saved_{i}" for i in range(self._saved))
-        operator = torch.library.custom_op(
-            f"fastffn::{self.name}", forward, mutates_args=(), schema=f"({given}) -> {results(1 + self._saved)}"
-        )
-        operator.register_fake(self._fake)
+        kept = "".join(f", Tensor saved_{i}" for i in range(saved))
         reverse = torch.library.custom_op(
             f"fastffn::{self.name}_backward",
             backward,
             mutates_args=(),
-            schema=f"(Tensor gradient, {given}, {saved}, bool[] needs) -> {results(number)}",
+            schema=f"(Tensor gradient, {given}{kept}, bool[] needs) -> {_results(number)}",
         )
         reverse.register_fake(backward_fake)
 
@@ -251,10 +272,10 @@ class Op:
             return asked + (None,) * len(ctx.options)
 
         operator.register_autograd(differentiate, setup_context=setup)
-        # The packets that torch itself keeps: FLOP counting and tracing meet these.
-        self.operator = getattr(torch.ops.fastffn, self.name)
-        self.operator_backward = getattr(torch.ops.fastffn, f"{self.name}_backward")
-        self._traced = self.operator.default
+
+
+def _results(number: int) -> str:
+    return "(" + ", ".join(["Tensor"] * number) + ")"
 
 
 class _Eager(torch.autograd.Function):

@@ -76,9 +76,10 @@ def test_agrees_with_the_definition(isa: str, case: Case) -> None:
     ],
     ids=str,
 )
-def test_large_shapes(isa: str, shape: dict) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_shapes(isa: str, shape: dict, dtype: torch.dtype) -> None:
     with instruction_set(isa):
-        agrees(IMPL, make(**shape))
+        agrees(IMPL, make(**shape, dtype=dtype))
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 100, 129, 3000, 9000])

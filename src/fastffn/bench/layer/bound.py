@@ -2,8 +2,8 @@
 
     seconds >= max(multiply-adds / rate, bytes read / bandwidth, bytes written / bandwidth) + page faults
 
-One layer that runs again and again may find its weights in a cache: they are read at the bandwidth of a working set of
-that size. Before each call of a stack the caches are emptied: its weights come from memory.
+Layers that run again and again may find their weights in a cache: they are read at the bandwidth of a working set of
+the size of all of them. Where caches are emptied before each call, weights come from memory.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def bound(
     x_bytes, y_bytes = len(x) * config.d_model * itemsize, len(x) * config.d_out * itemsize
     # The gradients of all weights are written, whoever was visited.
     gradients = [p.numel() * itemsize for layer in layers for p in layer.parameters()] if both else []
-    if number == 1:
+    if not case.cold:
         reads = ((1 + both) * weights + x_bytes) / limits.read(weights + x_bytes)
     else:
         # The backward pass may find in a cache what the forward pass has read.

@@ -27,6 +27,7 @@ class LayerCase:
         tokens: sizes of the batch; each is measured.
         passes: `forward`, or `both` for forward and for forward with backward.
         layers: 1 for one layer again and again; more for a stack of so many, each with weights of its own.
+        cold: whether all caches are emptied before each call.
         dtype: fp32, bf16 or fp16, of weights and tokens.
         device: where; such as "cpu".
         threads: of the processor; None for as many as torch uses.
@@ -45,6 +46,7 @@ class LayerCase:
     tokens: Sequence[int] = (1, 8, 64, 512, 4096, 16384)
     passes: str = "both"
     layers: int = 1
+    cold: bool = False
     dtype: str = "fp32"
     device: str = "cpu"
     threads: int | None = None

@@ -22,12 +22,8 @@ from fastffn.measure.timer import Timing, alternate
 from fastffn.nn import FFN
 from fastffn.registry import kind_of
 
-# Read and written between two calls of a stack: several times what caches hold.
+# Read and written before each call where caches are to be cold: several times what they hold.
 EVICTED = 2**27
-REGIMES = {
-    True: "one layer again and again: its weights may stay in a cache",
-    False: "a stack: caches are emptied before each call, weights come from memory",
-}
 
 
 def bench_layer(case: LayerCase, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
@@ -68,7 +64,8 @@ def bench_layer(case: LayerCase, progress: Callable[[str], None] = lambda line: 
             "layers": case.layers,
             "dtype": case.dtype,
             "device": case.device,
-            "regime": REGIMES[case.layers == 1],
+            "cold": case.cold,
+            "regime": _regime(case),
             "rows": rows,
             "left_out": left_out,
             "limits": {
@@ -79,6 +76,14 @@ def bench_layer(case: LayerCase, progress: Callable[[str], None] = lambda line: 
             },
             "machine": describe_machine(),
         }
+
+
+def _regime(case: LayerCase) -> str:
+    if case.cold:
+        return "All caches are emptied before each call, the interpreter's too"
+    if case.layers == 1:
+        return "One layer again and again: its weights may stay in a cache"
+    return "A stack: its layers take turns, as in a model; weights stay in a cache if all of them do"
 
 
 def _own(case: LayerCase, layers: list[FFN]) -> list[Contender]:
@@ -245,7 +250,7 @@ def _timed(case: LayerCase, calls: dict[str, Callable[[], object]], once: float)
     """Times the calls, all of which once take `once` seconds: more often where that is short, less where it is long."""
     between = None
     block = 12 if once < 0.02 else 3 if once < 1 else 1
-    if case.layers > 1:
+    if case.cold:
         block = 1
         evicted = torch.zeros(EVICTED // 4, device=case.device)
 

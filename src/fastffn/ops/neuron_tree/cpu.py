@@ -41,6 +41,8 @@ def forward(
         w_in.data_ptr(),
         cpu.address(b_in),
         w_out.data_ptr(),
+        0,
+        0,
         y.data_ptr(),
         cpu.address(scores),
         cpu.address(last),
