@@ -82,6 +82,7 @@ def recipes() -> dict[str, Recipe]:
         _dense("dense-decay-15", "the rate falls over 15 % of the steps", decay=0.15),
         # The knob that two-stage recipes have.
         Recipe("dense-ffn-2x", "dense", None, factors_rate=2.0, note="FFNs at twice the rate"),
+        Recipe("dense-ffn-4x", "dense", None, factors_rate=4.0, note="FFNs at four times the rate"),
         _low_rank("naive", "rank d/4, switch after 60 %"),
         _low_rank("rank-1", "rank 1", rank=0.0),
         _low_rank("rank-8th", "rank d/8", rank=1 / 8),
