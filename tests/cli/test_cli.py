@@ -46,6 +46,7 @@ def refused(done: subprocess.CompletedProcess, *words: str, code: int = 2) -> No
         ["bench", "layer"],
         ["experiment", "fff-table-1"],
         ["experiment", "tree-ladder"],
+        ["experiment", "time-to-loss"],
     ],
     ids=str,
 )
@@ -240,6 +241,10 @@ def test_another_kind_does_not_have_the_presets_options() -> None:
     # Without stages there are none for the schedule to span.
     values = printed("--preset", "seed", "--data", "x", "--ffn", "dense", "--no-restart", "--decay", "0.9")
     assert (values["ffn"], values["rank"], values["schedule"], values["decay"]) == ("dense", None, "cosine", 0.9)
+    # The demo's rate for factors is not meant for dense FFNs.
+    assert printed("--ffn", "dense")["factor_learning_rate"] is None
+    assert printed("--ffn", "dense", "--factor-learning-rate", "2e-3")["factor_learning_rate"] == 2e-3
+    assert printed("--ffn", "block")["factor_learning_rate"] == 1.4e-3
 
 
 BAD = [
@@ -366,3 +371,17 @@ def test_tree_ladder(text_file, tmp_path) -> None:
     assert "chooses the FFNs itself" in str(asked("tree-ladder", "--ffn", "moe", *no).exception)
     assert "--output is missing" in str(asked("tree-ladder").exception)
     refused(run("experiment", "tree-ladder", "--rungs", "tree", *no), "Unknown rung 'tree'")
+
+
+def test_time_to_loss(text_file, tmp_path) -> None:
+    small = ("--layers", 1, "--d-model", 16, "--heads", 2, "--sequence", 16, "--tokenizer", "train:300", "--steps", 8)
+    rhythm = ("--warmup-steps", 1, "--evaluate-every", 4, "--checkpoint-every", 8, "--lengths", 1, "--rates", 1e-3)
+    rest = ("--recipes", "naive", "--seeds", 0, "--no-timing", "--output", tmp_path / "runs", "--json")
+    done = asked("time-to-loss", "--data", text_file, *small, *rhythm, *rest)
+    assert done.exit_code == 0, done.stderr
+    assert list(json.loads(done.stdout)["screen"]) == ["dense", "naive"]
+    assert "| naive" in (tmp_path / "runs" / "table.md").read_text()
+    no = ("--output", tmp_path / "no")
+    assert "recipes choose" in str(asked("time-to-loss", "--ffn", "moe", *no).exception)
+    assert "--output is missing" in str(asked("time-to-loss").exception)
+    refused(run("experiment", "time-to-loss", "--recipes", "naiv", *no), "Unknown recipe 'naiv'")

@@ -69,3 +69,13 @@ def test_a_leaf_tree_needs_one_node_of_each_of_the_upper_levels(depth: int) -> N
         ffn = build("leaf_tree", d_model=8, depth=depth, leaf_width=4).eval()
     # Those below the fifth are no matrix products.
     assert layer_flops(ffn, 5, 8, backward=False) == 2 * 5 * (min(depth, 5) * 8 + 4 * (8 + 8))
+
+
+def test_layers_that_stay_dense_cost_what_dense_layers_cost() -> None:
+    shape = GPT2Shape(layers=3, d_model=64, heads=4, sequence=32, vocabulary=100)
+    one, none = step_bound(shape, LowRankConfig(rank=8), 1), step_bound(shape, LowRankConfig(rank=8))
+    assert one.dense == none.dense
+    assert 3 * (one.factorised - none.factorised) == none.dense - none.factorised
+    with torch.device("meta"):
+        whole = fresh_gpt2(shape, LowRankConfig(rank=8), dense_layers=1)
+    assert one.factorised == step_flops(whole, shape.sequence)

@@ -35,7 +35,7 @@ def test_gpt2_small() -> None:
 
 
 def test_options_come_from_the_registry() -> None:
-    assert mergeable_kinds() == ["block", "low_rank"]
+    assert mergeable_kinds() == ["block", "low_rank", "narrow"]
     options = ffn_option_types()
     assert set(options) == {name for kind in kinds().values() for name in kind.config.own_fields()}
     assert options["rank"] == (int, "block, low_rank")

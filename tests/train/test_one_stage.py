@@ -12,6 +12,7 @@ import fastffn
 import fastffn.hf
 from fastffn.registry import get_kind, kinds
 from fastffn.train.config import mergeable_kinds
+from fastffn.train.plan import plan_stages
 from fastffn.train.pretrain import pretrain
 from fastffn.train.trainer import StageTrainer
 from tests.train.test_pretrain import tiny
@@ -104,3 +105,16 @@ def test_validation_is_the_task_alone(text_file, tmp_path) -> None:
         logits = model(ids).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten())
     assert results["stages"]["moe"]["validation_loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_a_dense_run_of_its_own_may_have_a_rate_for_its_ffns(text_file) -> None:
+    def rates(**changes) -> tuple[float, float]:
+        dense = plan_stages(tiny(text_file, learning_rate=1e-3, **changes), 20)["dense"]
+        return dense.learning_rate, dense.switched_learning_rate
+
+    alone = {"ffn": "dense", "rank": None}
+    assert rates(**alone) == (1e-3, 1e-3)
+    assert rates(**alone, factor_learning_rate=2e-3) == (1e-3, 2e-3)
+    assert rates(**alone, dense_learning_rate=3e-3) == (3e-3, 3e-3)
+    # Beside factors that rate is the factors'.
+    assert rates(factor_learning_rate=2e-3) == (1e-3, 1e-3)

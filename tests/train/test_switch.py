@@ -124,3 +124,20 @@ def test_a_damaged_optimizer_is_named_and_nothing_is_left(run, switched, tmp_pat
     with pytest.raises(CheckpointError, match=r"optimizer\.pt is missing"):
         merge_stage(tmp_path / "source", tmp_path / "out", lambda m: run._trainer(stages["stage2"], m))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_ffns_that_stay_dense_keep_their_optimizer_state(text_file, tmp_path) -> None:
+    run = _Run(tiny(text_file, dense_warmup=0.25, dense_layers=1), tmp_path)
+    warm = run._train(run.stages["warmup"])
+    run._factorise()
+    run._train(run.stages["stage1"], model=tmp_path / "factorised", seconds=warm["seconds"], carry=True)
+    run._merge()
+    stays = [f"transformer.h.0.mlp.{m}.weight" for m in ("c_fc", "c_proj")]
+    for checkpoint in (run._final_checkpoint("warmup"), tmp_path / "factorised", tmp_path / "merged"):
+        saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+        assert set(stays) <= set(saved["param_groups"][0]["param_names"])
+        switched_names = saved["param_groups"][SWITCHED]["param_names"]
+        assert switched_names and all(name.startswith("transformer.h.1.mlp.") for name in switched_names)
+        assert all(states(checkpoint)[name] is not None for name in stays)
+    middle, merged = states(run._final_checkpoint("stage1")), states(tmp_path / "merged")
+    assert all(same(middle[name], merged[name]) for name in stays)

@@ -167,3 +167,81 @@ def tree_ladder(
 
 
 add_run_options(tree_ladder, preset="small")
+
+
+@command.command(name="time-to-loss")
+@click.option("--output", type=click.Path(path_type=Path), help="Directory of all runs, created or continued.")
+@click.option("--recipes", multiple=True, help="Name of a recipe, such as warm-10; may be repeated.  [default: all]")
+@click.option(
+    "--rates",
+    type=float,
+    multiple=True,
+    default=(1e-3, 2e-3, 4e-3),
+    show_default=True,
+    help="Grid of peak learning rates, the same for every recipe.",
+)
+@click.option(
+    "--lengths",
+    type=float,
+    multiple=True,
+    default=(0.6, 0.8, 0.9, 1.0),
+    show_default=True,
+    help="Lengths of runs over --steps.",
+)
+@click.option(
+    "--seeds", type=int, default=5, show_default=True, help="Paired seeds beside the sweep's; 0: sweep alone."
+)
+@click.option("--confirm", type=int, default=2, show_default=True, help="How many recipes the paired seeds compare.")
+@click.option("--timing/--no-timing", default=True, help="Time steps; no: leave it to a later call.  [default: yes]")
+@json_option
+@click.pass_context
+def time_to_loss(
+    ctx: click.Context,
+    output: Path | None,
+    recipes: tuple[str, ...],
+    rates: tuple[float, ...],
+    lengths: tuple[float, ...],
+    seeds: int,
+    confirm: int,
+    timing: bool,
+    preset: str,
+    config_file: Path | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Two-stage against tuned dense training: what the same validation loss costs, in FLOPs and in seconds.
+
+    The runs are those of `fastffn pretrain`, with the same options but for FFN and stages, which the recipes choose
+    (preset: small). WikiText-2, on which confirmed models are scored, comes from the folder that FASTFFN_DATA_DIR
+    names, or by its name from a hub. The same command goes on with what was interrupted.
+
+    Example: fastffn experiment time-to-loss --recipes naive --recipes warm-10 --seeds 0 --output runs/time-to-loss
+    """
+    config = run_config(ctx, preset, config_file, flags)
+    if output is None:
+        raise ConfigError("--output is missing; name a directory for the runs, such as runs/time-to-loss.")
+    from transformers.utils import logging
+
+    from fastffn.experiments.time_to_loss import time_to_loss as compare
+    from fastffn.experiments.time_to_loss_report import report
+    from fastffn.train import processes
+
+    logging.disable_progress_bar()
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        result = compare(
+            config,
+            output,
+            names=recipes,
+            rates=rates,
+            lengths=lengths,
+            seeds=seeds,
+            confirm=confirm,
+            timing=timing,
+        )
+        processes.say(f"\n{report(result)}\nTable: {output / 'table.md'}")
+    if as_json and processes.is_main():
+        click.echo(json.dumps(result))
+    processes.leave()
+
+
+add_run_options(time_to_loss, preset="small")

@@ -57,6 +57,8 @@ def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     # Another kind does not have this one's options.
     if above.get("ffn", values["ffn"]) != values["ffn"]:
         values |= dict.fromkeys(ffn_option_types())
+        if above["ffn"] == "dense":
+            values["factor_learning_rate"] = None  # it was that of factors, and there are none
     return values | above
 
 

@@ -106,21 +106,22 @@ def convert(model: nn.Module, config: FFNConfig, *, filter: Callable[[str], bool
     return ConversionReport(tuple(layers))
 
 
-def place_fresh(model: Any, config: FFNConfig) -> None:
+def place_fresh(model: Any, config: FFNConfig, *, filter: Callable[[str], bool] | None = None) -> None:
     """Puts FFNs with start values of their own in the place of a model's, where the kind cannot approximate those.
 
     Args:
         model: a model of a known family, its FFNs dense and of no account.
         config: the kind to put in; widths, activation and dropout are read off the model.
+        filter: see `convert`.
     """
     from fastffn.convert import io
 
     kind = kind_of(config)
     if kind.module.from_dense.__func__ is not FFN.from_dense.__func__:  # type: ignore[attr-defined]
-        convert(model, config)
+        convert(model, config, filter=filter)
         return
     family = match.family_of(model.config)
-    for path, ffn in list(match.family_ffns(model, family)):
+    for path, ffn in [(p, ffn) for p, ffn in match.family_ffns(model, family) if filter is None or filter(p)]:
         match.replace_module(model, path, kind.module(config.fitted_to(family.dense_config(ffn, model.config))))
     io.attach(model)
 

@@ -10,7 +10,7 @@ import torch
 
 from fastffn.convert.api import convert, place_fresh
 from fastffn.convert.files import read_json
-from fastffn.convert.match import fastffn_modules
+from fastffn.convert.match import after_first, fastffn_modules
 from fastffn.errors import CheckpointError
 from fastffn.measure.flops import StepBound, layer_flops, step_flops
 from fastffn.nn import FFNConfig
@@ -90,7 +90,9 @@ class GPT2Shape:
         return 3 * 2 * 2 * self.layers * self.d_model * (self.d_hidden or 4 * self.d_model)
 
 
-def fresh_gpt2(shape: GPT2Shape, ffn: FFNConfig | None = None, *, seed: int = 0, end_of_text: int = 0) -> Any:
+def fresh_gpt2(
+    shape: GPT2Shape, ffn: FFNConfig | None = None, *, seed: int = 0, end_of_text: int = 0, dense_layers: int = 0
+) -> Any:
     """A model with fresh weights: for a seed the same dense start, whatever becomes of its FFNs.
 
     Args:
@@ -98,6 +100,7 @@ def fresh_gpt2(shape: GPT2Shape, ffn: FFNConfig | None = None, *, seed: int = 0,
         ffn: kind to put in the place of the dense FFNs, None to keep them.
         seed: of all random numbers.
         end_of_text: number of the token that ends a document.
+        dense_layers: first FFNs that stay dense all the same.
 
     Returns:
         A `transformers.GPT2LMHeadModel`.
@@ -107,11 +110,18 @@ def fresh_gpt2(shape: GPT2Shape, ffn: FFNConfig | None = None, *, seed: int = 0,
     set_seed(seed)
     model = GPT2LMHeadModel(shape.model_config(end_of_text))
     if ffn is not None:
-        place_fresh(model, ffn)
+        place_fresh(model, ffn, filter=after_first(model, dense_layers))
     return model
 
 
-def started_gpt2(directory: Path, ffn: FFNConfig | None = None, *, seed: int = 0, dropout: float = 0.0) -> Any:
+def started_gpt2(
+    directory: Path,
+    ffn: FFNConfig | None = None,
+    *,
+    seed: int = 0,
+    dropout: float = 0.0,
+    dense_layers: int = 0,
+) -> Any:
     """A GPT-2 with the weights of a checkpoint; arguments as of `fresh_gpt2`."""
     from transformers import GPT2LMHeadModel, set_seed
 
@@ -121,16 +131,17 @@ def started_gpt2(directory: Path, ffn: FFNConfig | None = None, *, seed: int = 0
     )
     model.config.use_cache = False
     if ffn is not None:
-        convert(model, ffn)
+        convert(model, ffn, filter=after_first(model, dense_layers))
     return model.train()
 
 
-def step_bound(shape: GPT2Shape, ffn: FFNConfig) -> StepBound:
-    """The FLOPs of a training step on one sequence: dense, with `ffn`, and without FFNs."""
+def step_bound(shape: GPT2Shape, ffn: FFNConfig, dense_layers: int = 0) -> StepBound:
+    """The FLOPs of a training step on one sequence: dense, with `ffn` after the first layers, and without FFNs."""
     with torch.device("meta"):
-        dense, other = fresh_gpt2(shape), fresh_gpt2(shape, ffn)
+        dense, other = fresh_gpt2(shape), fresh_gpt2(shape, ffn, dense_layers=dense_layers)
     flops = step_flops(dense, shape.sequence)
     without_ffn = flops - shape.sequence * shape.ffn_flops_per_token
     # Counted by themselves: in a whole model their batched products could not be told from those of attention.
     ffns = sum(layer_flops(module, shape.sequence, shape.d_model) for _, module in fastffn_modules(other))
+    ffns += shape.sequence * shape.ffn_flops_per_token * dense_layers // shape.layers
     return StepBound(flops, without_ffn + ffns, without_ffn)

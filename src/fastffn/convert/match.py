@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -92,6 +92,12 @@ def family_ffns(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Modu
         # fully_shard puts a class of its own in front of the module's.
         if any(cls.__name__ == family.ffn_class for cls in type(module).__mro__):
             yield path, module
+
+
+def after_first(model: Any, count: int) -> Callable[[str], bool]:
+    """A filter of paths that leaves out the first `count` FFNs of a model of a known family."""
+    first = {path for path, _ in list(family_ffns(model, family_of(model.config)))[:count]}
+    return lambda path: path not in first
 
 
 def fastffn_modules(model: nn.Module) -> Iterator[tuple[str, FFN[Any]]]:

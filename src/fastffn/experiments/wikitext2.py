@@ -122,7 +122,9 @@ def _starts(config: PretrainConfig, base: Path) -> dict[str, tuple[Path | None, 
     dense, seconds = stages["dense"], stages["stage2"]["seconds"]
     # The dense run that the two-stage run's time allows, with a schedule that ends there.
     steps = max(1, int(seconds / (dense["own_seconds"] / dense["steps"])))
-    fewer = dataclasses.replace(config, ffn="dense", ffn_options={}, steps=steps, epochs=None)
+    fewer = dataclasses.replace(
+        config, ffn="dense", ffn_options={}, factor_learning_rate=None, steps=steps, epochs=None
+    )
     shorter = pretrain(fewer, base / "dense-same-seconds")["stages"]["dense"]
     return {
         "none": (None, 0.0, 0),

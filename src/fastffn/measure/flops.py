@@ -1,12 +1,14 @@
 """Floating-point operations of a training step, counted; and the speed-up that they allow.
 
-Only matrix products count. In causal attention half of the score matrix is never needed; it is left out, so that
-the bound is one that a perfect kernel could reach. For the same reason our own operations count what they must do (of
-a tree the neurons that are visited), whatever a backend does beyond that; it takes device "meta" to see them whole.
+Only matrix products count, and singular value decompositions, from which factors start. In causal attention half of
+the score matrix is never needed; it is left out, so that the bound is one that a perfect kernel could reach. For the
+same reason our own operations count what they must do (of a tree the neurons that are visited), whatever a backend
+does beyond that; it takes device "meta" to see them whole.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +38,15 @@ def _own_formulas() -> dict[Any, Callable[..., int]]:
 
     for op in OPS.values():
         add(op)
+    formulas[torch.ops.aten._linalg_svd] = _svd_flops
     return formulas
+
+
+def _svd_flops(shape: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
+    """Of a thin SVD by way of a QR: 6 m n^2 + 20 n^3 (Golub and Van Loan, Matrix Computations, figure 8.6.1)."""
+    *batch, rows, columns = shape
+    m, n = max(rows, columns), min(rows, columns)
+    return int(math.prod(batch) * (6 * m * n**2 + 20 * n**3))
 
 
 def count_flops(run: Callable[[], object], *, causal: bool = True) -> int:

@@ -10,6 +10,7 @@ from fastffn.nn.leaf_tree import LeafTreeConfig, LeafTreeFFN
 from fastffn.nn.leaf_updates import LeafUpdates
 from fastffn.nn.low_rank import LowRankConfig, LowRankFFN
 from fastffn.nn.moe import MoEConfig, MoEFFN
+from fastffn.nn.narrow import NarrowConfig, NarrowFFN
 from fastffn.nn.neuron_tree import NeuronTreeConfig, NeuronTreeFFN
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "MergedTensor",
     "MoEConfig",
     "MoEFFN",
+    "NarrowConfig",
+    "NarrowFFN",
     "NeuronTreeConfig",
     "NeuronTreeFFN",
     "auxiliary_loss",

@@ -58,6 +58,7 @@ class PretrainConfig:
     epochs: float | None = _field(None, "length in passes over the data instead of steps")
     switch: float = _field(0.6, "fraction of the steps after which the factors are merged and training goes on dense")
     dense_warmup: float = _field(0.0, "fraction of the steps trained dense before the factors")
+    dense_layers: int | None = _field(None, "FFNs, from the first layer on, that are never factorised; default: none")
     rewarm_steps: int = _field(20, "steps over which the merged tensors' learning rate rises again")
     restart: bool = _field(False, "each stage has a schedule and an optimizer of its own, as FastFFN published it")
     baseline: bool = _field(True, "train a dense model beside it, for comparison")
@@ -66,7 +67,9 @@ class PretrainConfig:
     micro_batch: int | None = _field(None, "sequences on a device at once; default: all of the batch")
     learning_rate: float = _field(1e-3, "peak learning rate of the two-stage run")
     dense_learning_rate: float | None = _field(None, "peak learning rate of the dense run; default: the same")
-    factor_learning_rate: float | None = _field(None, "peak learning rate of the factors; default: the same")
+    factor_learning_rate: float | None = _field(
+        None, "peak learning rate of the factors (of the FFNs' matrices, if ffn is dense); default: the same"
+    )
     schedule: Literal["wsd", "cosine"] = _field("wsd", "wsd (warm-up, stable, decay) or, with --restart, cosine")
     warmup_steps: int = _field(30, "steps of linear warm-up")
     decay: float = _field(0.3, "fraction of the steps in which the rate falls (wsd); all of it in the dense stage")
@@ -110,6 +113,12 @@ class PretrainConfig:
             "must be above 0, at most 0.5",
         )
         _require(0 < self.decay <= 1, "decay", self.decay, "must be above 0 and at most 1")
+        _require(
+            self.dense_layers is None or 0 <= self.dense_layers < self.layers,
+            "dense_layers",
+            self.dense_layers,
+            f"must be at least 0 and below layers ({self.layers})",
+        )
         _require(0 < self.switch < 1, "switch", self.switch, "must be above 0 and below 1")
         _require(
             0 <= self.dense_warmup < self.switch,

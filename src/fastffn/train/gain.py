@@ -64,7 +64,11 @@ def measure_gain(
         batch: sequences that a device sees at once; fewer where a step would take long.
     """
     shape, ffn = config.shape(vocabulary), config.ffn_config()
-    models = {"dense": fresh_gpt2(shape).to(device), "factorised": fresh_gpt2(shape, ffn).to(device)}
+    dense_layers = config.dense_layers or 0
+    models = {
+        "dense": fresh_gpt2(shape).to(device),
+        "factorised": fresh_gpt2(shape, ffn, dense_layers=dense_layers).to(device),
+    }
     if config.gradient_checkpointing:
         for model in models.values():
             recompute(model)
@@ -79,7 +83,7 @@ def measure_gain(
         seconds=15.0,
     )
     dense, factorised = timings["dense"].median, timings["factorised"].median
-    bound = step_bound(shape, ffn)
+    bound = step_bound(shape, ffn, dense_layers)
     saving = max(0.0, share * (1 - factorised / dense))
     return Gain(dense, factorised, used, bound.speedup, bound.speedup_of_free_ffn, saving)
 

@@ -19,6 +19,7 @@ class Stage:
         total: steps that the schedule spans.
         learning_rate, switched_learning_rate: peak rates of groups 0 and 1, and of group 2.
         rewarm_steps: steps from `begin` over which group 2's rate rises to the schedule; 0 for none.
+        dense_layers: first FFNs that are never factorised, and so not in group 2.
         data_seed: seed of the order of the data.
     """
 
@@ -30,6 +31,7 @@ class Stage:
     learning_rate: float
     switched_learning_rate: float
     rewarm_steps: int = 0
+    dense_layers: int = 0
     data_seed: int
 
     @property
@@ -46,7 +48,7 @@ def plan_stages(config: PretrainConfig, steps: int) -> dict[str, Stage]:
     """
     rate = config.learning_rate
     dense_rate = config.dense_learning_rate or rate
-    factor_rate = config.factor_learning_rate or rate
+    factor_rate = config.factor_learning_rate or (dense_rate if config.ffn == "dense" else rate)
     seed = config.seed
 
     def dense(name: str, steps: int) -> Stage:
@@ -55,7 +57,8 @@ def plan_stages(config: PretrainConfig, steps: int) -> dict[str, Stage]:
             end=steps,
             total=steps,
             learning_rate=dense_rate,
-            switched_learning_rate=dense_rate,
+            # Beside another kind the baseline has one rate; alone it may have what the others have.
+            switched_learning_rate=factor_rate if config.ffn == "dense" else dense_rate,
             data_seed=seed,
         )
 
@@ -69,6 +72,7 @@ def plan_stages(config: PretrainConfig, steps: int) -> dict[str, Stage]:
             learning_rate=rate,
             switched_learning_rate=factor_rate if factorised else rate,
             rewarm_steps=rewarm,
+            dense_layers=config.dense_layers or 0,
             data_seed=seed,
         )
 

@@ -287,7 +287,7 @@ class _Run:
         trainer.save_model(str(directory))
 
         def finish() -> dict[str, Any]:
-            record = self._record(stage, history, seconds)
+            record = self._record(stage, history, seconds) | {"loading_seconds": trainer.clock.loading}
             rundir.finish_stage(directory, record)
             return record
 
@@ -322,9 +322,19 @@ class _Run:
         config = self.config
         ffn = config.ffn_config() if stage.factorised else None
         if config.init_from is not None:
-            return started_gpt2(Path(config.init_from), ffn, seed=config.seed, dropout=config.dropout)
+            return started_gpt2(
+                Path(config.init_from),
+                ffn,
+                seed=config.seed,
+                dropout=config.dropout,
+                dense_layers=config.dense_layers or 0,
+            )
         return fresh_gpt2(
-            config.shape(len(self.text.tokenizer)), ffn, seed=config.seed, end_of_text=self.text.tokenizer.eos_token_id
+            config.shape(len(self.text.tokenizer)),
+            ffn,
+            seed=config.seed,
+            end_of_text=self.text.tokenizer.eos_token_id,
+            dense_layers=config.dense_layers or 0,
         )
 
     def _final_checkpoint(self, name: str) -> Path:
@@ -350,6 +360,7 @@ class _Run:
             target,
             self.config.ffn_config(),
             lambda model: self._trainer(self.stages["stage1"], model),
+            dense_layers=self.config.dense_layers or 0,
         )
         record = {"seconds": time.perf_counter() - begun}
         rundir.finish_stage(target, record)

@@ -45,15 +45,20 @@ def merge_stage(source: Path, target: Path, make_trainer: Callable[[Path], Stage
 
 
 def factorise_stage(
-    source: Path, target: Path, config: FFNConfig, make_trainer: Callable[[Path], StageTrainer]
+    source: Path,
+    target: Path,
+    config: FFNConfig,
+    make_trainer: Callable[[Path], StageTrainer],
+    *,
+    dense_layers: int = 0,
 ) -> None:
-    """Writes `target`: the dense checkpoint `source` with its FFNs factorised (after a dense warm-up)."""
+    """Writes `target`: the dense checkpoint `source` with its FFNs, but for the first few, factorised."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source)
     same = {name: name for name, _ in model.named_parameters()}
     family = match.family_of(model.config)
-    convert(model, config)
+    convert(model, config, filter=match.after_first(model, dense_layers))
     for path, module in match.fastffn_modules(model):
         for name, rule in (module.merged_tensors(module.config) or {}).items():
             if rule.combine is None:

@@ -4,7 +4,8 @@ Optimizer groups, always these three, so that state can pass from one stage to t
 
     0  matrices outside the FFNs' linear maps, with weight decay
     1  biases and norms, without
-    2  the FFNs' matrices: factors in stage 1, merged afterwards; they may have a learning rate of their own
+    2  the FFNs' matrices: factors in stage 1, merged afterwards; they may have a learning rate of their own.
+       Those of FFNs that stay dense throughout are in group 0.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The three groups; parameters come with their names, so that a saved state says whose it is."""
     family = family_of(model.config)
-    own = [path for path, _ in family_ffns(model, family)]
+    # Those that stay dense come first, in stage 1, where the others are none of the family's, as in stage 2.
+    own = [path for path, _ in family_ffns(model, family)][stage.dense_layers :]
     ours = [path for path, _ in fastffn_modules(model)]
     inside = tuple(f"{path}." for path in own + ours)
     groups: list[list[tuple[str, nn.Parameter]]] = [[], [], []]
@@ -84,11 +86,13 @@ class Clock(TrainerCallback):
     Attributes:
         seconds: so far, earlier stages and what came before a resumption included.
         waiting: the part of this stage's in which the next batch was waited for.
+        loading: the part of this stage's before its first step, where the preparation counts.
     """
 
     def __init__(self, seconds: float, running_since: float | None) -> None:
         self.seconds = seconds
         self.waiting = 0.0
+        self.loading = 0.0
         self._mark = running_since
 
     def on_train_begin(
@@ -103,6 +107,8 @@ class Clock(TrainerCallback):
             self._mark = None
         if self._mark is None:
             self._mark = time.perf_counter()
+        else:
+            self.loading = time.perf_counter() - self._mark
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adds the step that ends."""

@@ -1,0 +1,144 @@
+"""The `narrow` kind: a dense FFN most of whose neurons sleep. Merging wakes them, and changes nothing else.
+
+A first stage that is cheap because the FFN is small: every neuron that is awake reads and writes all of the residual
+stream, which factors of low rank do not, and one awake is next to no FFN at all. Neurons asleep keep the weights into
+them that they started with; once awake they contribute nothing until the weights out of them, zero, have learnt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fastffn.errors import ConfigError
+from fastffn.nn.base import MergedTensor
+from fastffn.nn.dense import DenseConfig, DenseFFN, LinearMapFFN
+from fastffn.registry import register_ffn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class NarrowConfig(DenseConfig):
+    """Configuration of the `narrow` kind; see `DenseConfig` for the other fields.
+
+    Args:
+        width: neurons that are awake; None means H / 4.
+    """
+
+    width: int | None = None
+
+    def resolved(self) -> Self:
+        """See `FFNConfig.resolved`; also checks the width."""
+        config = super().resolved()
+        assert config.d_hidden
+        width = config.width if config.width is not None else max(1, config.d_hidden // 4)
+        if not isinstance(width, int) or not 1 <= width < config.d_hidden:
+            raise ConfigError(
+                f"width is {width!r}; it must be a whole number of at least 1 and below d_hidden ({config.d_hidden}), "
+                "or nothing sleeps."
+            )
+        return dataclasses.replace(config, width=width)
+
+    @property
+    def active_width(self) -> int:
+        """See `FFNConfig.active_width`."""
+        assert self.width is not None
+        return self.width
+
+    def linear_maps(self) -> dict[str, tuple[int, int]]:
+        """See `DenseConfig.linear_maps`; those of the neurons awake."""
+        config = self.resolved()
+        assert config.width and config.d_model and config.d_out
+        maps = super().linear_maps()
+        return {n: (config.width, config.d_out) if n == "down" else (config.d_model, config.width) for n in maps}
+
+
+@register_ffn("narrow", NarrowConfig)
+class NarrowFFN(LinearMapFFN[NarrowConfig]):
+    """A dense FFN of which a few neurons are awake: `y = down(act(up(x)))` over those alone.
+
+    Shapes:
+        x: `[..., D]`; returns `[..., O]` in the dtype of the parameters.
+        up.weight, gate.weight: `[W, D]`; up.bias, gate.bias: `[W]`; down.weight: `[O, W]`; down.bias: `[O]`, W the
+        neurons awake; asleep.up.weight, asleep.gate.weight: `[H - W, D]`; asleep.up.bias, asleep.gate.bias: `[H - W]`
+        (buffers: not trained).
+
+    Raises:
+        ShapeError: the last axis of `x` is not D.
+    Cost: `W (D + O)` multiply-adds a token, gated `W (2 D + O)`; the dense FFN has H in the place of W.
+    """
+
+    def __init__(self, config: NarrowConfig) -> None:
+        super().__init__(config)
+        assert self.config.width and self.config.d_hidden and self.config.d_model
+        self.asleep = nn.Module()
+        for name in self._into():
+            linear = nn.Linear(self.config.d_model, self.config.d_hidden - self.config.width, self.config.bias)
+            self.asleep.add_module(name, _as_buffers(linear))
+
+    def _into(self) -> list[str]:
+        """The maps into the neurons."""
+        return [name for name in self.config.linear_maps() if name != "down"]
+
+    def linear_map(self, d_in: int, d_out: int) -> nn.Module:
+        """An ordinary linear layer."""
+        return nn.Linear(d_in, d_out, bias=self.config.bias)
+
+    @classmethod
+    def from_dense(cls, dense: DenseFFN, config: NarrowConfig) -> Self:
+        """The neurons of `dense` that do most by the norms of their weights; what the others put out is left away."""
+        with torch.device("meta"):
+            module = cls(config.fitted_to(dense.config))
+        width = module.config.width
+        state = dense.state_dict()
+        size = state["down.weight"].float().norm(dim=0)
+        for name in module._into():
+            size = size * state[f"{name}.weight"].float().norm(dim=1)
+        order = size.argsort(descending=True, stable=True)
+        awake, asleep = order[:width].sort().values, order[width:].sort().values
+        tensors = {"down.weight": state["down.weight"][:, awake]}
+        for name in module._into():
+            for part in ("weight", "bias") if module.config.bias else ("weight",):
+                tensors[f"{name}.{part}"] = state[f"{name}.{part}"][awake]
+                tensors[f"asleep.{name}.{part}"] = state[f"{name}.{part}"][asleep]
+        if module.config.bias:
+            tensors["down.bias"] = state["down.bias"].clone()
+        module.load_state_dict(tensors, assign=True)
+        for parameter in module.parameters():
+            parameter.requires_grad_(True)
+        return module.train(dense.training)
+
+    @classmethod
+    def merged_tensors(cls, config: NarrowConfig) -> dict[str, MergedTensor]:
+        """The neurons asleep come after those awake, with weights of zero out of them."""
+        into = [name for name in config.linear_maps() if name != "down"]
+        recipe = {"down.weight": MergedTensor(("down.weight", "asleep.up.weight"), _silent)}
+        for name in into:
+            for part in ("weight", "bias") if config.bias else ("weight",):
+                recipe[f"{name}.{part}"] = MergedTensor((f"asleep.{name}.{part}", f"{name}.{part}"), _awakened)
+        if config.bias:
+            recipe["down.bias"] = MergedTensor(("down.bias",))
+        return recipe
+
+
+def _as_buffers(linear: nn.Linear) -> nn.Module:
+    holder = nn.Module()
+    for name, parameter in linear.named_parameters():
+        holder.register_buffer(name, parameter.detach())
+    return holder
+
+
+def _awakened(asleep: torch.Tensor, awake: torch.Tensor) -> torch.Tensor:
+    """Weights into all neurons, or their biases."""
+    return torch.cat((awake.detach(), asleep.detach()))
+
+
+def _silent(down: torch.Tensor, asleep: torch.Tensor) -> torch.Tensor:
+    """`[O, W]` to `[O, H]`."""
+    return torch.cat((down.detach(), down.new_zeros(len(down), len(asleep))), dim=1)
