@@ -115,7 +115,7 @@ def decays_the_same(mesh: DeviceMesh, config: FFNConfig) -> None:
     assert isinstance(sharded, FSDPModule) and isinstance(sharded, FFN)
     for ffn in (alone, sharded):
         ffn.decay_product_(0.1)
-    decays = kind_of(config).name in ("low_rank", "block")
+    decays = kind_of(config).module.decay_product_ is not FFN.decay_product_
     for name, tensor in sharded.named_parameters():
         torch.testing.assert_close(full(tensor), alone.state_dict()[name], rtol=1e-12, atol=1e-14, msg=name)
         assert torch.equal(full(tensor), before[name]) is not (decays and tensor.ndim > 1), name
