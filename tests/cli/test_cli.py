@@ -248,7 +248,7 @@ def test_another_kind_does_not_have_the_presets_options() -> None:
 
 
 BAD = [
-    (["--layerz", "3"], "Did you mean '--layers'"),
+    (["--layerz", "3"], "Did you mean one of: '--dense-layers', '--layers'"),
     (["--rank", "0"], "rank is 0"),
     (["--rank", "-2"], "rank is -2"),
     (["--rank", "17"], "min(in, out) = 16"),

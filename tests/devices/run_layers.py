@@ -31,6 +31,7 @@ torch._register_device_module("simulated", module)
 import fastffn  # noqa: E402
 from fastffn.measure.timer import accelerator, synchronize  # noqa: E402
 from fastffn.ops import OPS  # noqa: E402
+from fastffn.registry import get_kind  # noqa: E402
 
 DEVICE = torch.device("simulated", 0)
 LAYERS = {
@@ -38,6 +39,7 @@ LAYERS = {
     "dense, gated": ("dense", {"d_hidden": 48, "gated": True, "activation": "silu"}),
     "low_rank": ("low_rank", {"d_hidden": 48, "rank": 4}),
     "block": ("block", {"d_hidden": 48, "blocks": 4, "rank": 2}),
+    "narrow": ("narrow", {"d_hidden": 48}),
     "leaf_tree": ("leaf_tree", {"depth": 3, "leaf_width": 8}),
     "neuron_tree": ("neuron_tree", {"depth": 5, "trees": 2, "shared": 8}),
     "neuron_tree, straight": ("neuron_tree", {"depth": 4, "straight_through": True}),
@@ -77,7 +79,8 @@ def main() -> None:
         torch.ones(3, dtype=torch.float64, device=DEVICE)
     ran = []
     for name, (kind, fields) in LAYERS.items():
-        merges = kind in ("low_rank", "block")
+        recipe = get_kind(kind).module.merged_tensors(fastffn.build(kind, d_model=16, **fields).config)
+        merges = recipe is not None and kind != "dense"
         # Without a name, the one that such a device gets.
         backends = {"moe": [None, "torch_grouped"], "neuron_tree": [None, "torch_grouped", "dense", "reference"]}
         for backend in backends.get(kind, [None]):
