@@ -68,6 +68,20 @@ def test_reasons(monkeypatch) -> None:
     assert triton.refuses("mps", torch.bfloat16) == "runs on xpu, not on mps"
 
 
+def test_an_old_triton_is_refused(monkeypatch) -> None:
+    import types
+
+    monkeypatch.setattr(triton.importlib, "import_module", lambda name: types.SimpleNamespace(__version__="3.5.0"))
+    triton.found.cache_clear()
+    try:
+        assert triton.found() == triton.Found(None, "Triton is 3.5.0; these kernels want 3.7 or later")
+        monkeypatch.setattr(triton, "interpreted", lambda: False)
+        triton.found.cache_clear()
+        assert triton.found() == triton.Found(None, "Triton is 3.5.0; these kernels want 3.6 or later")
+    finally:
+        triton.found.cache_clear()
+
+
 def test_without_triton_everything_else_runs_and_info_says_why() -> None:
     code = (
         "import sys\n"

@@ -303,10 +303,15 @@ class _Eager(torch.autograd.Function):
 _can_cast = lru_cache(torch.amp.is_autocast_available)
 
 
+@torch.compiler.assume_constant_result  # torch 2.9 cannot trace it
+def _can_cast_traced(kind: str) -> bool:
+    return _can_cast(kind)
+
+
 def _casts(kind: str) -> bool:
     """Whether autocast is on for a type of device."""
     if torch.compiler.is_compiling():
-        return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return _can_cast_traced(kind) and torch.is_autocast_enabled(kind)
     return _can_cast(kind) and torch.is_autocast_enabled(kind)
 
 

@@ -22,6 +22,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FUSED = {"enable_fp_fusion": True}
 
 
+# Older ones are refused. Triton 3.5 (torch 2.9) sorted wrongly, and crashed in a product, in its interpreter; that of
+# 3.6 fails with newer NumPy in every loop. Kernels are tested in the interpreters of 3.7 and 3.9.
+OLDEST, OLDEST_INTERPRETER = (3, 6), (3, 7)
+
+
 class Found(NamedTuple):
     """The type of device that kernels run on, or why there is none."""
 
@@ -36,6 +41,10 @@ def found() -> Found:
         triton: Any = importlib.import_module("triton")
     except ImportError as error:
         return Found(None, f"Triton cannot be imported ({error}); on Linux, pip install triton")
+    oldest = OLDEST_INTERPRETER if interpreted() else OLDEST
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < oldest:
+        wanted = ".".join(map(str, oldest))
+        return Found(None, f"Triton is {triton.__version__}; these kernels want {wanted} or later")
     if interpreted():
         return Found("cpu", None)
     try:

@@ -10,7 +10,7 @@ Two ways to go through the segments, chosen by `_at_once`:
   faults of three arrays as large as the input.
 - all at once with `torch.nn.functional.grouped_mm`, which needs no lengths in Python, so that a device need not be
   waited for, and no calls for each MLP: 512 tokens through 128 MLPs in 1.1 ms, one after the other in 3.2 ms. It takes
-  rows whose length is a multiple of 16 bytes, and no float64.
+  rows whose length is a multiple of 16 bytes, and no float64. torch 2.9 does not have it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastffn.ops.activations import get_activation, get_activation_backward
 from fastffn.ops.dispatch import Impl, Tensors
 from fastffn.ops.grouped_mlp.reference import sorted_by_mlp
 
-_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16) if hasattr(F, "grouped_mm") else ()
 # Bytes of rows fetched and given back, for each MLP on average, from which the calls for each MLP are worth it: more
 # are less likely to stay in the cache, and cost more page faults, than what some 15 microseconds a call cost.
 _WORTH_CALLS = 48 * 1024
