@@ -303,9 +303,12 @@ class _Eager(torch.autograd.Function):
 _can_cast = lru_cache(torch.amp.is_autocast_available)
 
 
-@torch.compiler.assume_constant_result  # torch 2.9 cannot trace it
 def _can_cast_traced(kind: str) -> bool:
     return _can_cast(kind)
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler here; torch 2.9 cannot trace it.
+_can_cast_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _casts(kind: str) -> bool:
