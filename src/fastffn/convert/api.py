@@ -10,7 +10,7 @@ from torch import nn
 
 from fastffn.convert import match
 from fastffn.errors import ConversionError
-from fastffn.nn import FFN, FFNConfig
+from fastffn.nn import FFNConfig
 from fastffn.registry import kind_of
 
 
@@ -107,7 +107,9 @@ def convert(model: nn.Module, config: FFNConfig, *, filter: Callable[[str], bool
 
 
 def place_fresh(model: Any, config: FFNConfig, *, filter: Callable[[str], bool] | None = None) -> None:
-    """Puts FFNs with start values of their own in the place of a model's, where the kind cannot approximate those.
+    """Puts a kind that will be trained from the start in the place of a model's FFNs.
+
+    Kinds that merge start from the dense weights, for the same first function; others from values of their own.
 
     Args:
         model: a model of a known family, its FFNs dense and of no account.
@@ -116,13 +118,14 @@ def place_fresh(model: Any, config: FFNConfig, *, filter: Callable[[str], bool] 
     """
     from fastffn.convert import io
 
-    kind = kind_of(config)
-    if kind.module.from_dense.__func__ is not FFN.from_dense.__func__:  # type: ignore[attr-defined]
+    kind, family = kind_of(config), match.family_of(model.config)
+    chosen = [(path, ffn) for path, ffn in match.family_ffns(model, family) if filter is None or filter(path)]
+    configs = {path: config.fitted_to(family.dense_config(ffn, model.config)) for path, ffn in chosen}
+    if all(kind.module.merged_tensors(fitted.resolved()) is not None for fitted in configs.values()):
         convert(model, config, filter=filter)
         return
-    family = match.family_of(model.config)
-    for path, ffn in [(p, ffn) for p, ffn in match.family_ffns(model, family) if filter is None or filter(p)]:
-        match.replace_module(model, path, kind.module(config.fitted_to(family.dense_config(ffn, model.config))))
+    for path, fitted in configs.items():
+        match.replace_module(model, path, kind.module(fitted))
     io.attach(model)
 
 

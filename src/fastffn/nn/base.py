@@ -146,8 +146,15 @@ class FFN(nn.Module, Generic[C]):
         self.dropout = nn.Dropout(config.dropout)
 
     @classmethod
-    def from_dense(cls, dense: DenseFFN, config: C) -> Self:
-        """A module of this kind that approximates `dense`; widths, activation and biases are `dense`'s."""
+    def from_dense(cls, dense: DenseFFN, config: C, inputs: torch.Tensor | None = None) -> Self:
+        """A module of this kind that approximates `dense`; widths, activation and biases are `dense`'s.
+
+        Args:
+            dense: the FFN to approximate.
+            config: the user's choices.
+            inputs: `[S, D]`, tokens that `dense` meets in its model (`fastffn.convert` collects them): where the
+                approximation is to be good. None if there are none.
+        """
         raise KindError(f"{cls.__name__} cannot be made from a dense FFN.")
 
     @classmethod

@@ -104,7 +104,7 @@ class DenseFFN(LinearMapFFN[DenseConfig]):
         return nn.Linear(d_in, d_out, bias=self.config.bias)
 
     @classmethod
-    def from_dense(cls, dense: DenseFFN, config: DenseConfig) -> Self:
+    def from_dense(cls, dense: DenseFFN, config: DenseConfig, inputs: torch.Tensor | None = None) -> Self:
         """A copy of `dense`; there is nothing in `config` that `dense` does not fix."""
         with torch.device("meta"):
             copy = cls(dense.config)

@@ -59,7 +59,7 @@ class FactorisedFFN(LinearMapFFN[M], Generic[M, L]):
             linear.start_from(getattr(dense, name), self.config, fresh=fresh)
 
     @classmethod
-    def from_dense(cls, dense: DenseFFN, config: M) -> Self:
+    def from_dense(cls, dense: DenseFFN, config: M, inputs: torch.Tensor | None = None) -> Self:
         """Factors that approximate `dense` as `config.start` says; biases are copied."""
         with torch.device("meta"):
             module = cls(config.fitted_to(dense.config))

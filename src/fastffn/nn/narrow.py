@@ -91,7 +91,7 @@ class NarrowFFN(LinearMapFFN[NarrowConfig]):
         return nn.Linear(d_in, d_out, bias=self.config.bias)
 
     @classmethod
-    def from_dense(cls, dense: DenseFFN, config: NarrowConfig) -> Self:
+    def from_dense(cls, dense: DenseFFN, config: NarrowConfig, inputs: torch.Tensor | None = None) -> Self:
         """The neurons of `dense` that do most by the norms of their weights; what the others put out is left away."""
         with torch.device("meta"):
             module = cls(config.fitted_to(dense.config))
