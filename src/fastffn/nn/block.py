@@ -33,6 +33,7 @@ from fastffn.nn.base import MergedTensor
 from fastffn.nn.dense import DenseConfig
 from fastffn.nn.factorised import FactorisedFFN, FactorisedLinear, best_factors, wide
 from fastffn.nn.sharding import subtract_, whole
+from fastffn.nn.start.least_squares import weighted_factors
 from fastffn.registry import register_ffn
 
 if TYPE_CHECKING:
@@ -112,7 +113,9 @@ class BlockLinear(FactorisedLinear):
         return y + self.b(self.a(x)) if self.rank else y
 
     @torch.no_grad()
-    def start_from(self, dense: nn.Linear, config: DenseConfig, *, fresh: bool) -> None:
+    def start_from(
+        self, dense: nn.Linear, config: DenseConfig, *, fresh: bool, covariance: torch.Tensor | None = None
+    ) -> None:
         """See `FactorisedLinear.start_from`."""
         assert isinstance(config, BlockConfig)
         if fresh or config.start == "normal":
@@ -121,15 +124,23 @@ class BlockLinear(FactorisedLinear):
             weight = wide(dense.weight)
             if self.rank:
                 # First the few directions that stand out, which block-diagonal factors cannot express.
-                a, b, _ = best_factors(weight, self.rank)
+                if covariance is None:
+                    a, b, _ = best_factors(weight, self.rank)
+                else:
+                    a, b = weighted_factors(weight, self.rank, covariance)
                 self.a.weight.copy_(a)
                 self.b.weight.copy_(b)
                 weight = weight - b @ a
-            right, left = project(weight, config.blocks)
+            right, left = project(weight, config.blocks, covariance)
             self.r.copy_(right)
             self.l.copy_(left)
         if self.bias is not None:
             self.bias.copy_(dense.bias)
+
+    def bias_parameter(self) -> nn.Parameter:
+        """See `FactorisedLinear.bias_parameter`."""
+        assert self.bias is not None
+        return self.bias
 
     def _start_normal(self, weight: torch.Tensor) -> None:
         # The two terms share the variance.
@@ -202,15 +213,22 @@ def expand(right: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
     return (left @ pi_r.view(k, q, k * width)).flatten(0, 1)
 
 
-def project(weight: torch.Tensor, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+def project(
+    weight: torch.Tensor, blocks: int, covariance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The factors `r [k, q, in/k]` and `l [k, out/k, q]` whose product is nearest to `weight [out, in]`.
 
-    Nearest in the Frobenius norm; the singular values of each sub-matrix are split evenly between the factors.
+    Nearest in the Frobenius norm, each sub-matrix by itself; the singular values are split evenly between the factors.
+    With a covariance `[in, in]` of the inputs each is the best on its own chunk of them.
     """
     d_out, d_in = weight.shape
     k, q = blocks, min(d_in, d_out) // blocks
     parts = weight.reshape(k, d_out // k, k, d_in // k).transpose(1, 2)  # [b, j, out/k, in/k]
-    a, b, _ = best_factors(parts, -(-q // k))
+    if covariance is None:
+        a, b, _ = best_factors(parts, -(-q // k))
+    else:
+        of_chunks = covariance.reshape(k, d_in // k, k, d_in // k).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        a, b = weighted_factors(parts, -(-q // k), of_chunks.expand(k, -1, -1, -1))
     # The inner indices t in order, and for each: its L block, its R block, and which singular value of W[b, j] it is.
     t = torch.arange(k * q, device=weight.device)
     of_l, of_r = t // q, t % k

@@ -77,12 +77,15 @@ class LinearMapFFN(FFN[M]):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., D] -> [..., O]`."""
         self.check_input(x)
-        if self.config.gated:
-            hidden = self.act(self.gate(x)) * self.up(x)
-        else:
-            hidden = self.act(self.up(x))
-        y: torch.Tensor = self.dropout(self.down(hidden))
+        y: torch.Tensor = self.dropout(self.down(self.hidden(x)))
         return y
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """The hidden activations, before `down`: `[..., D] -> [..., H]`."""
+        if self.config.gated:
+            gated: torch.Tensor = self.act(self.gate(x)) * self.up(x)
+            return gated
+        return self.act(self.up(x))
 
 
 @register_ffn("dense", DenseConfig)
@@ -98,6 +101,10 @@ class DenseFFN(LinearMapFFN[DenseConfig]):
         ShapeError: the last axis of `x` is not D.
     Cost: `H (D + O)` multiply-adds a token, gated `H (2 D + O)`.
     """
+
+    up: nn.Linear
+    gate: nn.Linear
+    down: nn.Linear
 
     def linear_map(self, d_in: int, d_out: int) -> nn.Module:
         """An ordinary linear layer."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import nn
 
 from fastffn.nn.dense import DenseConfig, DenseFFN, LinearMapFFN
+from fastffn.nn.start.least_squares import covariance, refit
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
 class FactorisedLinear(nn.Module):
     """A linear map `[..., in] -> [..., out]` made of factors."""
 
-    def start_from(self, dense: nn.Linear, config: DenseConfig, *, fresh: bool) -> None:
+    def start_from(
+        self, dense: nn.Linear, config: DenseConfig, *, fresh: bool, covariance: torch.Tensor | None = None
+    ) -> None:
         """Sets the factors from a dense map.
 
         Args:
@@ -24,7 +28,12 @@ class FactorisedLinear(nn.Module):
             config: of the kind.
             fresh: whether `dense` is only an example of what fresh weights look like, of which the spread counts and
                 not the values.
+            covariance: `[in, in]` of the inputs on which the approximation is to be good; None for all alike.
         """
+        raise NotImplementedError
+
+    def bias_parameter(self) -> nn.Parameter:
+        """The bias of the map, which has one."""
         raise NotImplementedError
 
     def decay_product_(self, amount: float) -> None:
@@ -58,14 +67,54 @@ class FactorisedFFN(LinearMapFFN[M], Generic[M, L]):
         for name, linear in self._linears().items():
             linear.start_from(getattr(dense, name), self.config, fresh=fresh)
 
+    @torch.no_grad()
+    def _start_on(self, dense: DenseFFN, inputs: torch.Tensor) -> None:
+        """The factors that are best on given tokens `[S, D]`; everything in float32, on the CPU.
+
+        `down` makes up for what `up` and `gate` got wrong: it is fitted to the dense FFN's outputs on the hidden
+        activations that are there now.
+        """
+        bias = self.config.bias
+        linears = self._linears()
+        for name in linears:
+            if name != "down":
+                self._start_linear_on(name, getattr(dense, name), inputs)
+        hidden, wanted = self.hidden(inputs), dense.down(dense.hidden(inputs))
+        down = copy.deepcopy(dense.down)
+        if bias:
+            centred = hidden - hidden.mean(0), wanted - wanted.mean(0)
+            down.weight.copy_(refit(*centred, down.weight))
+            down.bias.copy_(wanted.mean(0) - down.weight @ hidden.mean(0))
+        else:
+            down.weight.copy_(refit(hidden, wanted, down.weight))
+        self._start_linear_on("down", down, hidden)
+
+    def _start_linear_on(self, name: str, dense: nn.Linear, inputs: torch.Tensor) -> None:
+        linear = self._linears()[name]
+        centred = self.config.bias
+        linear.start_from(dense, self.config, fresh=False, covariance=covariance(inputs, centred=centred))
+        if centred:
+            # The bias takes up the mean of what the factors leave over.
+            linear.bias_parameter().add_((dense(inputs) - linear(inputs)).mean(0))
+
     @classmethod
     def from_dense(cls, dense: DenseFFN, config: M, inputs: torch.Tensor | None = None) -> Self:
-        """Factors that approximate `dense` as `config.start` says; biases are copied."""
+        """Factors that approximate `dense` as `config.start` says; biases are copied.
+
+        With `inputs`, a `spectral` start is the best on those tokens (an SVD weighted by their covariance).
+        """
+        fitted = config.fitted_to(dense.config)
         with torch.device("meta"):
-            module = cls(config.fitted_to(dense.config))
+            module = cls(fitted)
         like = next(dense.parameters())
-        module.to(like.dtype).to_empty(device=like.device)
-        module._start_from(dense, fresh=False)
+        if inputs is None or getattr(fitted, "start", None) != "spectral":
+            module.to(like.dtype).to_empty(device=like.device)
+            module._start_from(dense, fresh=False)
+        else:
+            module.to(torch.float32).to_empty(device="cpu").eval()
+            plain = copy.deepcopy(dense).to("cpu", torch.float32).eval()
+            module._start_on(plain, inputs.to("cpu", torch.float32))
+            module.to(like.device, like.dtype)
         return module.train(dense.training)
 
     @torch.no_grad()

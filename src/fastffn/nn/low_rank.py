@@ -14,6 +14,7 @@ from fastffn.nn.base import MergedTensor
 from fastffn.nn.dense import DenseConfig
 from fastffn.nn.factorised import FactorisedFFN, FactorisedLinear, best_factors, wide
 from fastffn.nn.sharding import subtract_, whole
+from fastffn.nn.start.least_squares import weighted_factors
 from fastffn.registry import register_ffn
 
 if TYPE_CHECKING:
@@ -78,7 +79,9 @@ class LowRankLinear(FactorisedLinear):
         return y
 
     @torch.no_grad()
-    def start_from(self, dense: nn.Linear, config: DenseConfig, *, fresh: bool) -> None:
+    def start_from(
+        self, dense: nn.Linear, config: DenseConfig, *, fresh: bool, covariance: torch.Tensor | None = None
+    ) -> None:
         """See `FactorisedLinear.start_from`; a fresh start is made like any other."""
         assert isinstance(config, LowRankConfig)
         rank = self.a.out_features
@@ -89,14 +92,21 @@ class LowRankLinear(FactorisedLinear):
             self.b.weight.normal_().mul_(deviation)
         else:
             weight = wide(dense.weight)
-            a, b, s = best_factors(weight, rank)
+            if covariance is None:
+                a, b, _ = best_factors(weight, rank)
+            else:
+                a, b = weighted_factors(weight, rank, covariance)
             if config.rescale:
-                root = (weight.norm() / s.norm().clamp_min(torch.finfo(s.dtype).tiny)).sqrt()
+                root = (weight.norm() / (b @ a).norm().clamp_min(torch.finfo(b.dtype).tiny)).sqrt()
                 a, b = root * a, root * b
             self.a.weight.copy_(a)
             self.b.weight.copy_(b)
         if self.b.bias is not None:
             self.b.bias.copy_(dense.bias)
+
+    def bias_parameter(self) -> nn.Parameter:
+        """See `FactorisedLinear.bias_parameter`."""
+        return self.b.bias
 
     @torch.no_grad()
     def decay_product_(self, amount: float) -> None:

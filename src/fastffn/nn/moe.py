@@ -20,12 +20,16 @@ from torch.nn import functional as F
 from fastffn.errors import ConfigError
 from fastffn.nn.auxiliary import AuxiliaryLoss
 from fastffn.nn.base import FFN, FFNConfig
+from fastffn.nn.dense import DenseConfig, DenseFFN
 from fastffn.nn.usage import add_counts, occurrences, register_counts
 from fastffn.ops import grouped_mlp
 from fastffn.registry import register_ffn
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+WEIGHTINGS = ("softmax", "sum")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,9 @@ class MoEConfig(FFNConfig):
         experts: E, their number.
         expert_width: W, hidden neurons of an expert. None means 4 D / active: a token meets as many as in a usual FFN.
         active: k, experts that each token passes.
+        shared: width of a dense FFN that every token passes as well; 0 for none.
+        weighting: `softmax` weighs the chosen experts' outputs; `sum` adds them up as they are, like the parts of a
+            dense FFN: what a mixture made from one has. The router then learns as if they had been weighed.
         noise: whether scores get a trained amount of normal noise in training (arXiv 1701.06538).
         balance_weight: weight of E times the sum over the experts of share of tokens times mean probability: 1 where
             they spread evenly (Switch Transformer, arXiv 2101.03961).
@@ -48,6 +55,8 @@ class MoEConfig(FFNConfig):
     experts: int = 8
     expert_width: int | None = None
     active: int = 2
+    shared: int = 0
+    weighting: str = "softmax"
     noise: bool = False
     balance_weight: float = 0.01
 
@@ -60,6 +69,10 @@ class MoEConfig(FFNConfig):
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least 1.")
         if self.active > self.experts:
             raise ConfigError(f"active is {self.active}, but there are only {self.experts} experts.")
+        if isinstance(self.shared, bool) or not isinstance(self.shared, int) or self.shared < 0:
+            raise ConfigError(f"shared is {self.shared!r}; it must be a whole number, 0 for no shared part.")
+        if self.weighting not in WEIGHTINGS:
+            raise ConfigError(f"weighting is '{self.weighting}'; it must be one of {', '.join(WEIGHTINGS)}.")
         if not 0.0 <= self.balance_weight < math.inf:
             raise ConfigError(f"balance_weight is {self.balance_weight}; it must be a number of at least 0.")
 
@@ -74,13 +87,24 @@ class MoEConfig(FFNConfig):
     def total_width(self) -> int:
         """See `FFNConfig.total_width`."""
         assert self.expert_width is not None
-        return self.experts * self.expert_width
+        return self.experts * self.expert_width + self.shared
 
     @property
     def active_width(self) -> int:
         """See `FFNConfig.active_width`."""
         assert self.expert_width is not None
-        return self.active * self.expert_width
+        return self.active * self.expert_width + self.shared
+
+    def shared_config(self) -> DenseConfig:
+        """Configuration of the part that every token passes."""
+        return DenseConfig(
+            d_model=self.d_model,
+            d_out=self.d_out,
+            d_hidden=self.shared,
+            activation=self.activation,
+            bias=self.bias,
+            gated=self.gated,
+        )
 
 
 @register_ffn("moe", MoEConfig)
@@ -89,7 +113,7 @@ class MoEFFN(AuxiliaryLoss, FFN[MoEConfig]):
 
     Shapes:
         x: `[..., D]`; returns `[..., O]` in the dtype of the parameters.
-        router.weight: `[E, D]`; optionally noise.weight: `[E, D]`.
+        router.weight: `[E, D]`; optionally noise.weight: `[E, D]`, and shared.*, a `dense` FFN.
         expert_up_weight, gated also expert_gate_weight: `[E, W, D]`; expert_up_bias, expert_gate_bias: `[E, W]`.
         expert_down_weight: `[E, O, W]`; expert_down_bias: `[E, O]`.
         expert_usage (no part of the state dict): `[E]`, tokens that each expert got in training.
@@ -125,6 +149,7 @@ class MoEFFN(AuxiliaryLoss, FFN[MoEConfig]):
         self.expert_down_bias = parameter(E, O, given=config.bias)
         self.expert_gate_weight = parameter(E, W, D, given=config.gated)
         self.expert_gate_bias = parameter(E, W, given=config.gated and config.bias)
+        self.shared = DenseFFN(config.shared_config()) if config.shared else None
         register_counts(self, "expert_usage", E)
         self.reset_parameters()
 
@@ -152,7 +177,7 @@ class MoEFFN(AuxiliaryLoss, FFN[MoEConfig]):
         # In float32 at least: the weights of two bfloat16 scores would not sum to 1.
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         best, chosen = scores.topk(config.active, dim=1)
-        if config.active > 1:
+        if config.active > 1 and config.weighting == "softmax":
             weights = best.softmax(1)
         else:
             weights = scores.softmax(1).gather(1, chosen)
@@ -170,9 +195,36 @@ class MoEFFN(AuxiliaryLoss, FFN[MoEConfig]):
             self.expert_gate_bias,
             activation=config.activation,
         )
-        y = (y.unflatten(0, (-1, config.active)) * weights.to(y.dtype).unsqueeze(2)).sum(1)
+        y = y.unflatten(0, (-1, config.active))
+        if config.weighting == "softmax":
+            y = (y * weights.to(y.dtype).unsqueeze(2)).sum(1)
+        elif torch.is_grad_enabled():
+            # 1, with the gradient of each expert's weight.
+            y = (y * (1 + weights - weights.detach()).to(y.dtype).unsqueeze(2)).sum(1)
+        else:
+            y = y.sum(1)
+        if self.shared is not None:
+            y = y + self.shared(rows)
         dropped: torch.Tensor = self.dropout(y)
         return dropped.view(*x.shape[:-1], dropped.shape[-1])
+
+    @classmethod
+    def from_dense(cls, dense: DenseFFN, config: MoEConfig, inputs: torch.Tensor | None = None) -> Self:
+        """The neurons of `dense`, grouped by the tokens `inputs [S, D]` on which they work; see `nn/start/moe.py`.
+
+        `weighting` becomes `sum`. Without `expert_width` all neurons are taken; with fewer, those that do most.
+
+        Raises:
+            KindError: there are no inputs.
+            ConfigError: the shared part is wider than `dense`.
+        """
+        from fastffn.nn.start.moe import start_moe
+        from fastffn.nn.start.shown import start_module
+
+        rest = dense.config.total_width - config.shared
+        width = config.expert_width or max(1, -(-rest // config.experts))
+        fitted = dataclasses.replace(config.fitted_to(dense.config), expert_width=width, weighting="sum")
+        return start_module(cls, fitted, start_moe, dense, inputs)
 
     @torch.no_grad()
     def decision_margins(self, x: torch.Tensor) -> torch.Tensor:

@@ -174,6 +174,19 @@ class NeuronTreeFFN(FFN[NeuronTreeConfig]):
         return nearest
 
     @classmethod
+    def from_dense(cls, dense: DenseFFN, config: NeuronTreeConfig, inputs: torch.Tensor | None = None) -> Self:
+        """Trees taught what `dense` does with tokens `inputs [S, D]`; see `nn/start/neuron_tree.py`.
+
+        Raises:
+            KindError: there are no inputs.
+            ConfigError: `dense` is gated, or the shared part is wider than it.
+        """
+        from fastffn.nn.start.neuron_tree import start_neuron_tree
+        from fastffn.nn.start.shown import start_module
+
+        return start_module(cls, config.fitted_to(dense.config), start_neuron_tree, dense, inputs)
+
+    @classmethod
     def from_ultrafastbert(
         cls, state: Mapping[str, torch.Tensor], *, depth: int | None = None, activation: str = "gelu"
     ) -> Self:

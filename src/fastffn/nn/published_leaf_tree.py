@@ -120,8 +120,10 @@ def export_published(ffn: LeafTreeFFN, *, usage: bool = False) -> dict[str, torc
             `usage_mode`. Ours count tokens by their hard decisions, at nodes those that passed.
 
     Raises:
-        CheckpointError: there is a shared part.
+        CheckpointError: there is a shared part, or the leaves are gated.
     """
+    if ffn.config.gated:
+        raise CheckpointError("The leaves of this tree are gated; those of fastfeedforward's FFF are not.")
     if ffn.shared is not None:
         raise CheckpointError(
             f"This tree has a shared part of width {ffn.config.shared}; fastfeedforward's FFF has none."
