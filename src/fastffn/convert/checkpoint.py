@@ -93,12 +93,12 @@ def merge_checkpoint(source: Path, target: Path, *, max_shard_bytes: int = 50_00
 
     recipe: dict[str, tuple[MergedTensor, match.ModelTensor]] = {}
     layers = []
-    for path, ffn in match.family_ffns(model, family):
+    for path, _ in match.family_ffns(model, family):
         config = described.config_for(path, model)
         if config is None:
             continue
         kind = kind_of(config)
-        dense = family.dense_config(ffn, model_config)
+        dense = family.dense_config(model, path)
         rules = kind.module.merged_tensors(config.fitted_to(dense).resolved())
         if rules is None:
             raise KindError(f"{path} is of kind '{kind.name}', for which there is no equal dense FFN: not merged.")
@@ -106,7 +106,7 @@ def merge_checkpoint(source: Path, target: Path, *, max_shard_bytes: int = 50_00
         for name, rule in rules.items():
             where = family.tensors[name]
             sources = tuple(f"{path}.{source_name}" for source_name in rule.sources)
-            recipe[f"{path}.{where.name}"] = (MergedTensor(sources, rule.combine), where)
+            recipe[where.at(path)] = (MergedTensor(sources, rule.combine), where)
 
     reader = TensorReader(source)
     used = {name for rule, _ in recipe.values() for name in rule.sources} | {io.REMEDY_TENSOR}
