@@ -47,8 +47,8 @@ class MergedCheckpoint:
         }
 
 
-def skeleton(config_json: dict[str, Any], where: str) -> torch.nn.Module:
-    """The dense model that a `config.json` describes, without weights.
+def architecture_of(config_json: dict[str, Any], where: str) -> Any:
+    """The model class that a `config.json` names.
 
     Raises:
         CheckpointError: transformers does not know the architecture.
@@ -59,6 +59,16 @@ def skeleton(config_json: dict[str, Any], where: str) -> torch.nn.Module:
     architecture = getattr(transformers, names[0], None) if names else None
     if architecture is None:
         raise CheckpointError(f"config.json of {where} names no architecture that transformers knows: {names}.")
+    return architecture
+
+
+def skeleton(config_json: dict[str, Any], where: str) -> torch.nn.Module:
+    """The dense model that a `config.json` describes, without weights.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture.
+    """
+    architecture = architecture_of(config_json, where)
     plain = {key: value for key, value in config_json.items() if key != "quantization_config"}
     with torch.device("meta"):
         model: torch.nn.Module = architecture(architecture.config_class.from_dict(plain))
@@ -127,14 +137,19 @@ def merge_checkpoint(source: Path, target: Path, *, max_shard_bytes: int = 50_00
         dense_json = copy.deepcopy(config_json)
         del dense_json["quantization_config"]
         write_json(partial_target / "config.json", dense_json)
-        for file in sorted(source.iterdir()):
-            wanted = file.suffix in _MODEL_FILE_SUFFIXES and file.name not in _TRAINING_FILES
-            if wanted and file.is_file():
-                shutil.copyfile(file, partial_target / file.name)
+        copy_model_files(source, partial_target)
     decoys = {name for name in reader.names if name == io.REMEDY_TENSOR or name in recipe}
     before = sum(torch.Size(reader.dtype_and_shape(name)[1]).numel() for name in reader.names if name not in decoys)
     after = sum(torch.Size(tensor.shape).numel() for tensor in plan)
     return MergedCheckpoint(tuple(layers), before, after, same)
+
+
+def copy_model_files(source: Path, target: Path) -> None:
+    """Copies what lies beside a model's weights (tokenizer, generation settings), but for what `target` has already."""
+    for file in sorted(source.iterdir()):
+        wanted = file.suffix in _MODEL_FILE_SUFFIXES and file.name not in _TRAINING_FILES
+        if wanted and file.is_file() and not (target / file.name).exists():
+            shutil.copyfile(file, target / file.name)
 
 
 def _merged(reader: TensorReader, rule: MergedTensor, where: match.ModelTensor) -> torch.Tensor:

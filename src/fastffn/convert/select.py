@@ -81,6 +81,14 @@ def layer_filter(model: Any, layers: str) -> Callable[[str], bool]:
     return lambda path: path in taken
 
 
+def layers_and_patterns(model: Any, layers: str | None, patterns: Sequence[str]) -> Callable[[str], bool]:
+    """A filter that takes the FFNs that `layer_filter` takes and one of the patterns matches, where they are given."""
+    paths = [path for path, _ in family_ffns(model, family_of(model.config))]
+    by_number = as_function(paths, layer_filter(model, layers) if layers else None)
+    by_pattern = as_function(paths, patterns or None)
+    return lambda path: by_number(path) and by_pattern(path)
+
+
 def enumerated(paths: Sequence[str]) -> str:
     """Paths for a message: all of a few, the ends of many."""
     if len(paths) <= 6:
