@@ -9,7 +9,8 @@ import torch
 
 import fastffn
 from fastffn.convert.api import check_kind, place_fresh
-from fastffn.errors import KindError
+from fastffn.convert.match import family_ffns, family_of
+from fastffn.errors import ConfigError, KindError
 from fastffn.nn import FFNConfig
 from fastffn.registry import get_kind, kinds
 
@@ -108,6 +109,7 @@ def config_of(kind: str) -> FFNConfig:
 def put(model: Any, kind: str) -> Any:
     """The model with FFNs of a kind, made from its own where the kind can, fresh ones elsewhere."""
     config = config_of(kind)
+    skip_unless_it_fits(model, kind)
     try:
         check_kind(config)
     except KindError:
@@ -121,6 +123,15 @@ def skip_unless_convertible(kind: str) -> None:
     try:
         check_kind(config_of(kind))
     except KindError as error:
+        pytest.skip(str(error))
+
+
+def skip_unless_it_fits(model: Any, kind: str) -> None:
+    family = family_of(model.config)
+    path, _ = next(family_ffns(model, family))
+    try:
+        config_of(kind).fitted_to(family.dense_config(model, path))
+    except ConfigError as error:
         pytest.skip(str(error))
 
 
