@@ -242,13 +242,15 @@ def test_without_the_import_all_are_refused(imported, tmp_path) -> None:
 LORA = {"gpt2": ["c_attn"], "bert-mlm": ["query", "value"], "bert": ["query", "value"]}
 
 
+# PEFT asks transformers by a name that 5.23 has changed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @every_model
 def test_adapters_on_attention(name, tmp_path) -> None:
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
     model = put(make(name), "low_rank")
     targets = LORA.get(name, ["query", "value"] if name.startswith("roberta") else ["q_proj", "v_proj"])
     expected = first_output(model)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, fan_in_fan_out=name == "gpt2"))
     # An adapter begins as nothing.
     torch.testing.assert_close(first_output(adapted), expected)
     loss_of(adapted, tokens()).backward()

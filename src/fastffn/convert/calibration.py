@@ -68,10 +68,11 @@ class _Reservoir:
         self.wanted: torch.Tensor | None = None  # which tokens of the batch count, in any shape; None: all
         self._generator = torch.Generator().manual_seed(seed)
         self._plan: tuple[int, torch.Tensor, torch.Tensor] | None = None
+        self._taken: set[str] = set()
 
     def begin(self, wanted: torch.Tensor | None) -> None:
         """A new batch: its plan is drawn when the first FFN says how many tokens it has."""
-        self.wanted, self._plan = wanted, None
+        self.wanted, self._plan, self._taken = wanted, None, set()
 
     def take(self, path: str, inputs: torch.Tensor) -> None:
         """`[..., D]`, the inputs of an FFN for the whole batch."""
@@ -79,11 +80,12 @@ class _Reservoir:
         if self._plan is None:
             self._plan = self._draw(len(rows))
         count, slots, chosen = self._plan
-        if len(rows) != count:
+        if path in self._taken or len(rows) != count:
             raise ConversionError(
-                f"{path} got {len(rows)} of a batch's {count} tokens at once: it is called with parts of them. Switch "
-                "off chunking (chunk_size_feed_forward = 0 in the model and its layers)."
+                f"{path} is called several times for one batch. It must get all of its tokens at once: switch off "
+                "chunking (chunk_size_feed_forward = 0 in the model and its layers)."
             )
+        self._taken.add(path)
         if path not in self.rows:
             self.rows[path] = rows.new_empty(self.sample, rows.shape[1])
         self.rows[path][slots.to(rows.device)] = rows[chosen.to(rows.device)]
@@ -94,8 +96,8 @@ class _Reservoir:
         if self.wanted is not None:
             if self.wanted.numel() != count:
                 raise ConversionError(
-                    f"A batch's attention_mask has {self.wanted.numel()} numbers, but the FFNs get {count} tokens; the "
-                    "mask must be [B, T] like the tokens."
+                    f"A batch's attention_mask has {self.wanted.numel()} numbers, but the FFNs get {count} tokens at "
+                    "once; the mask must be [B, T] like the tokens, and chunking off (chunk_size_feed_forward = 0)."
                 )
             wanted = wanted[self.wanted.flatten().cpu() != 0]
         position = torch.arange(self.seen, self.seen + len(wanted))
