@@ -53,6 +53,7 @@ def failed(result, *said: str) -> None:
         assert word in text, text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_convert_and_merge(name, tmp_path, words) -> None:
     source, target = saved(name, tmp_path / "in", words), tmp_path / "deep" / "out"
@@ -151,6 +152,7 @@ def test_a_tokenizer_of_another_model(tmp_path, words) -> None:
     failed(call(source, tmp_path / "out", *LOW_RANK, "--calibration", words / "text.txt"), "200 tokens", "97")
 
 
+@pytest.mark.slow
 def test_output_in_use_and_a_full_disk(tmp_path, words) -> None:
     source = saved("gpt2", tmp_path / "in", words)
     (tmp_path / "out").mkdir()
@@ -164,4 +166,7 @@ def test_output_in_use_and_a_full_disk(tmp_path, words) -> None:
     )
     done = run("convert", source, tmp_path / "new", *LOW_RANK, code=code)
     refused(done, "The disk is full, or files may not grow", f"{tmp_path / 'new'} was not written")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+    assert call(source, tmp_path / "converted", *LOW_RANK).exit_code == 0
+    done = run("merge", tmp_path / "converted", tmp_path / "new", code=code)
+    refused(done, "The disk is full, or files may not grow", f"{tmp_path / 'new'} was not written")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "in", "out"]

@@ -74,6 +74,7 @@ KIN: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma": ("GemmaForCausalLM", "GemmaConfig", _LLAMA | {"head_dim": 8}),
     "granite": ("GraniteForCausalLM", "GraniteConfig", _LLAMA),
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", _LLAMA),
+    "pythia": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"}),
     "ministral": ("MinistralForCausalLM", "MinistralConfig", _LLAMA | {"head_dim": 8}),
 }
 CAUSAL = ["gpt2", "llama-tied", "qwen2", "mistral"]

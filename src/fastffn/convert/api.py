@@ -31,7 +31,7 @@ def convert(
     """Replaces the FFNs of a Hugging Face model, in place, each by an approximation made from its weights.
 
     Args:
-        model: a model of a known family (GPT-2, BERT, Llama and their kin), its FFNs dense.
+        model: a model of a known family (GPT-2, BERT, Llama, GPT-NeoX and their kin), its FFNs dense.
         config: the kind to put in, such as `LowRankConfig(rank=256)`. Widths, activation, dropout and biases are
             read off the model. Or one for each FFN by its path; those that are absent or None stay as they are.
         calibration: batches of the model's inputs, as mappings or as token numbers `[B, T]`. The model reads them
