@@ -23,8 +23,10 @@ TINY = [
 ]
 
 
-def run(*arguments: object, timeout: int = 240) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", "from fastffn.cli import main; main()", *map(str, arguments)]
+def run(
+    *arguments: object, timeout: int = 240, code: str = "from fastffn.cli import main; main()"
+) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 

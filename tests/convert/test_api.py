@@ -33,6 +33,7 @@ def test_report(gpt2) -> None:
     saved = sum(layer.parameters_before - layer.parameters_after for layer in report.layers)
     assert sum(p.numel() for p in gpt2.parameters()) == before - saved
     assert "transformer.h.1.mlp: low_rank" in str(report)
+    assert "transformer.h.0.mlp: left as it was (not selected)" in str(report)
     assert isinstance(gpt2.transformer.h[1].mlp, LowRankFFN)
     assert not isinstance(gpt2.transformer.h[0].mlp, LowRankFFN)
 
@@ -129,8 +130,11 @@ def test_a_wrong_rank_leaves_the_model_as_it_was(gpt2, tokens) -> None:
 
 def test_family_layout_is_a_round_trip(gpt2) -> None:
     family = family_of(gpt2.config)
-    mlp = gpt2.transformer.h[0].mlp
-    back = family.from_dense(family.to_dense(mlp, gpt2.config), gpt2.config)
-    assert {k: v.tolist() for k, v in back.state_dict().items()} == {k: v.tolist() for k, v in mlp.state_dict().items()}
+    path = "transformer.h.0.mlp"
+    mlp, dense = gpt2.get_submodule(path), family.to_dense(gpt2, path)
     x = torch.randn(3, 24)
-    torch.testing.assert_close(family.to_dense(mlp, gpt2.config)(x), mlp(x))
+    torch.testing.assert_close(dense(x), mlp(x))
+    family.put_back(gpt2, path, dense)
+    back = gpt2.get_submodule(path)
+    assert back is not mlp
+    assert {k: v.tolist() for k, v in back.state_dict().items()} == {k: v.tolist() for k, v in mlp.state_dict().items()}

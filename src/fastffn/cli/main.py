@@ -16,6 +16,7 @@ from fastffn.errors import ConfigError, FastFFNError, MainProcessError, did_you_
 COMMANDS = {
     "pretrain": "pre-train a GPT in two stages, and a dense one beside it",
     "merge": "multiply out the factors of a checkpoint",
+    "convert": "replace the FFNs of a model that exists",
     "evaluate": "measure a model's quality",
     "experiment": "make the tables of the papers, and those they lack",
     "bench": "measure speed, beside the bound that arithmetic gives",

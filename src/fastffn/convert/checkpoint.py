@@ -47,8 +47,8 @@ class MergedCheckpoint:
         }
 
 
-def skeleton(config_json: dict[str, Any], where: str) -> torch.nn.Module:
-    """The dense model that a `config.json` describes, without weights.
+def architecture_of(config_json: dict[str, Any], where: str) -> Any:
+    """The model class that a `config.json` names.
 
     Raises:
         CheckpointError: transformers does not know the architecture.
@@ -59,6 +59,16 @@ def skeleton(config_json: dict[str, Any], where: str) -> torch.nn.Module:
     architecture = getattr(transformers, names[0], None) if names else None
     if architecture is None:
         raise CheckpointError(f"config.json of {where} names no architecture that transformers knows: {names}.")
+    return architecture
+
+
+def skeleton(config_json: dict[str, Any], where: str) -> torch.nn.Module:
+    """The dense model that a `config.json` describes, without weights.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture.
+    """
+    architecture = architecture_of(config_json, where)
     plain = {key: value for key, value in config_json.items() if key != "quantization_config"}
     with torch.device("meta"):
         model: torch.nn.Module = architecture(architecture.config_class.from_dict(plain))
@@ -93,12 +103,12 @@ def merge_checkpoint(source: Path, target: Path, *, max_shard_bytes: int = 50_00
 
     recipe: dict[str, tuple[MergedTensor, match.ModelTensor]] = {}
     layers = []
-    for path, ffn in match.family_ffns(model, family):
+    for path, _ in match.family_ffns(model, family):
         config = described.config_for(path, model)
         if config is None:
             continue
         kind = kind_of(config)
-        dense = family.dense_config(ffn, model_config)
+        dense = family.dense_config(model, path)
         rules = kind.module.merged_tensors(config.fitted_to(dense).resolved())
         if rules is None:
             raise KindError(f"{path} is of kind '{kind.name}', for which there is no equal dense FFN: not merged.")
@@ -106,7 +116,7 @@ def merge_checkpoint(source: Path, target: Path, *, max_shard_bytes: int = 50_00
         for name, rule in rules.items():
             where = family.tensors[name]
             sources = tuple(f"{path}.{source_name}" for source_name in rule.sources)
-            recipe[f"{path}.{where.name}"] = (MergedTensor(sources, rule.combine), where)
+            recipe[where.at(path)] = (MergedTensor(sources, rule.combine), where)
 
     reader = TensorReader(source)
     used = {name for rule, _ in recipe.values() for name in rule.sources} | {io.REMEDY_TENSOR}
@@ -127,14 +137,19 @@ def merge_checkpoint(source: Path, target: Path, *, max_shard_bytes: int = 50_00
         dense_json = copy.deepcopy(config_json)
         del dense_json["quantization_config"]
         write_json(partial_target / "config.json", dense_json)
-        for file in sorted(source.iterdir()):
-            wanted = file.suffix in _MODEL_FILE_SUFFIXES and file.name not in _TRAINING_FILES
-            if wanted and file.is_file():
-                shutil.copyfile(file, partial_target / file.name)
+        copy_model_files(source, partial_target)
     decoys = {name for name in reader.names if name == io.REMEDY_TENSOR or name in recipe}
     before = sum(torch.Size(reader.dtype_and_shape(name)[1]).numel() for name in reader.names if name not in decoys)
     after = sum(torch.Size(tensor.shape).numel() for tensor in plan)
     return MergedCheckpoint(tuple(layers), before, after, same)
+
+
+def copy_model_files(source: Path, target: Path) -> None:
+    """Copies what lies beside a model's weights (tokenizer, generation settings), but for what `target` has already."""
+    for file in sorted(source.iterdir()):
+        wanted = file.suffix in _MODEL_FILE_SUFFIXES and file.name not in _TRAINING_FILES
+        if wanted and file.is_file() and not (target / file.name).exists():
+            shutil.copyfile(file, target / file.name)
 
 
 def _merged(reader: TensorReader, rule: MergedTensor, where: match.ModelTensor) -> torch.Tensor:

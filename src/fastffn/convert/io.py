@@ -31,7 +31,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fastffn.convert import match
+from fastffn.convert import api, match
+from fastffn.convert.checks import check_ffns
 from fastffn.errors import CheckpointError, ConfigError
 from fastffn.nn import FFNConfig
 from fastffn.nn.sharding import is_sharded
@@ -115,14 +116,7 @@ class FastFFNQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return model
         family = match.family_of(model.config)
-        paths = [path for path, _ in match.family_ffns(model, family)]
-        known = {relative_path(path, model) for path in paths}
-        unknown = [path for path in self.quantization_config.layers if relative_path(path, model) not in known]
-        if unknown:
-            raise CheckpointError(
-                f"config.json describes FFNs that the model does not have: {', '.join(unknown)}. "
-                f"It has {', '.join(paths)}."
-            )
+        _check_layers(self.quantization_config, model, [path for path, _ in match.family_ffns(model, family)])
         decoys = [re.escape(REMEDY_TENSOR)]
         needed: list[str] = []
         for path, ffn in list(match.family_ffns(model, family)):
@@ -130,15 +124,14 @@ class FastFFNQuantizer(HfQuantizer):
             if config is None:
                 continue
             kind = kind_of(config)
-            dense = family.dense_config(ffn, model.config)
             with torch.device("meta"):
-                new = kind.module(config.fitted_to(dense))
+                new = kind.module(config.fitted_to(family.dense_config(model, path)))
             new.to(next(ffn.parameters()).dtype)
-            match.replace_module(model, path, new)
-            needed += [f"{relative_path(path, model)}.{name}" for name in new.state_dict()]
+            family.put_in(model, path, new)
+            stem = relative_path(path, model)
+            needed += [f"{stem}.{name}" for name in new.state_dict()]
             # The dense tensors' names are in the file only to stop those who did not import this.
-            stem = re.escape(relative_path(path, model))
-            decoys += [rf"(^|\.){stem}\.{re.escape(where.name)}$" for where in family.tensors.values()]
+            decoys += [rf"(^|\.){re.escape(where.at(stem))}$" for where in family.tensors.values()]
         _check_complete(model, needed, kwargs.get("checkpoint_files"))
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
         model._keys_to_ignore_on_load_unexpected = set(ignored) | set(decoys)  # type: ignore[assignment]
@@ -147,7 +140,8 @@ class FastFFNQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if not self.pre_quantized:
             _convert_as_described(model, self.quantization_config)
-        attach(model)
+        else:
+            attach(model)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
@@ -166,9 +160,8 @@ class FastFFNQuantizer(HfQuantizer):
                 "model.save_pretrained(directory, state_dict=state)."
             )
         for path, _ in match.fastffn_modules(model):
-            # One is enough to stop the loading; c_fc.weight and its like are never optional.
-            first = next(iter(family.tensors.values()))
-            state[f"{path}.{first.name}"] = torch.zeros(DECOY_SHAPE)
+            # One is enough to stop the loading, and weights are never optional.
+            state[family.tensors["up.weight"].at(path)] = torch.zeros(DECOY_SHAPE)
         state[REMEDY_TENSOR] = torch.zeros(DECOY_SHAPE)
         return state, {}
 
@@ -230,13 +223,26 @@ def _check_complete(model: nn.Module, needed: list[str], files: list[str] | None
         )
 
 
+def _check_layers(described: FastFFNConfig, model: nn.Module, paths: list[str]) -> None:
+    """Raises CheckpointError if layers are described that the model does not have."""
+    known = {relative_path(path, model) for path in paths}
+    unknown = [path for path in described.layers if relative_path(path, model) not in known]
+    if unknown:
+        raise CheckpointError(
+            f"The configuration describes FFNs that the model does not have: {', '.join(unknown)}. "
+            f"It has {', '.join(paths)}."
+        )
+
+
 def _convert_as_described(model: nn.Module, described: FastFFNConfig) -> None:
     family = match.family_of(model.config)
-    for path, ffn in list(match.family_ffns(model, family)):
-        config = described.config_for(path, model)
-        if config is not None:
-            dense = family.to_dense(ffn, model.config)
-            match.replace_module(model, path, kind_of(config).module.from_dense(dense, config))
+    paths = [path for path, _ in match.family_ffns(model, family)]
+    _check_layers(described, model, paths)
+    configs = {path: config for path in paths if (config := described.config_for(path, model)) is not None}
+    check_ffns(model, family, list(configs))
+    for config in configs.values():
+        api.check_kind(config)
+    api.replace_ffns(model, configs)
 
 
 def attach(model: nn.Module) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from fastffn.convert.checkpoint import merge_checkpoint
-from fastffn.convert.files import new_directory
+from fastffn.convert.checkpoint import architecture_of, merge_checkpoint
+from fastffn.convert.files import new_directory, read_json
 from fastffn.errors import CheckpointError
 
 
@@ -18,7 +18,8 @@ def merge_and_compare(source: Path, target: Path, *, check: bool = True) -> dict
     Args:
         source: a checkpoint with factors.
         target: directory to create.
-        check: load both models, one after the other, and compare their logits on random tokens.
+        check: load both models, one after the other, and compare their logits (hidden states, of a model without a
+            head) on random tokens.
 
     Returns:
         Layers, parameters, and with `check` the largest difference of two logits and the largest logit.
@@ -29,7 +30,7 @@ def merge_and_compare(source: Path, target: Path, *, check: bool = True) -> dict
     with new_directory(target) as partial:
         merged = merge_checkpoint(source, partial).summary()
         if check:
-            before, after = logits_on_random_tokens(source), logits_on_random_tokens(partial)
+            before, after = output_on_random_tokens(source), output_on_random_tokens(partial)
             difference = float((before - after).abs().max())
             largest = float(before.abs().max())
             # Generous to half precision, where factors and product round differently; a wrong tensor is far outside.
@@ -43,13 +44,12 @@ def merge_and_compare(source: Path, target: Path, *, check: bool = True) -> dict
 
 
 @torch.no_grad()
-def logits_on_random_tokens(checkpoint: Path, tokens: int = 64) -> torch.Tensor:
-    """Next-token logits `[1, tokens, vocabulary]` in float32 of a causal language model on fixed random tokens."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-    limit = getattr(model.config, "max_position_embeddings", None) or tokens
+def output_on_random_tokens(checkpoint: Path, tokens: int = 64) -> torch.Tensor:
+    """What a model of the architecture that the checkpoint names puts out first, in float32, on fixed random tokens."""
+    model = architecture_of(read_json(checkpoint / "config.json"), str(checkpoint)).from_pretrained(checkpoint).eval()
+    # Positions of RoBERTa begin at 2.
+    limit = (getattr(model.config, "max_position_embeddings", None) or tokens + 2) - 2
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (1, min(tokens, limit)), generator=generator)
-    logits: torch.Tensor = model(input_ids=ids).logits.float()
-    return logits
+    ids = torch.randint(0, model.config.vocab_size, (1, max(1, min(tokens, limit))), generator=generator)
+    output: torch.Tensor = model(input_ids=ids)[0].float()
+    return output

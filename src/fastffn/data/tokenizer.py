@@ -40,8 +40,12 @@ def fits_vocabulary(tokens: int, size: int) -> bool:
     return size - PADDING < tokens <= size
 
 
-def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(spec: str, *, end_of_text: bool = True) -> PreTrainedTokenizerFast:
     """The tokenizer in a directory or on a hub.
+
+    Args:
+        spec: the directory or name.
+        end_of_text: whether it must have a token for the end of a text; those of BERT have none.
 
     Raises:
         DataError: there is none, it has no fast version, or no token for the end of a text.
@@ -70,7 +74,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(f"The tokenizer '{spec}' has no fast version (tokenizer.json); FastFFN needs one.")
-    if tokenizer.eos_token_id is None:
+    if end_of_text and tokenizer.eos_token_id is None:
         raise DataError(f"The tokenizer '{spec}' has no end-of-text token (eos_token); documents must be separated.")
     return tokenizer
 

@@ -25,8 +25,13 @@ _WORDS = (
 
 
 @contextlib.contextmanager
-def full_disk_is_named(output: Path) -> Iterator[None]:
-    """Raises WriteError in the place of an error that comes from a full disk."""
+def full_disk_is_named(output: Path, *, kept: str = "") -> Iterator[None]:
+    """Raises WriteError in the place of an error that comes from a full disk.
+
+    Args:
+        output: what was being written.
+        kept: what remains of it, and what to do; by default that of a run.
+    """
     try:
         yield
     except FastFFNError:
@@ -34,9 +39,9 @@ def full_disk_is_named(output: Path) -> Iterator[None]:
     except Exception as error:
         if not _is_full_disk(error):
             raise
+        kept = kept or f"What was complete in {output} is kept. Make room; the same command goes on from there."
         raise WriteError(
-            f"The disk is full, or files may not grow as large as needed: {' '.join(str(error).split())[:200]}. What "
-            f"was complete in {output} is kept. Make room; the same command goes on from there."
+            f"The disk is full, or files may not grow as large as needed: {' '.join(str(error).split())[:200]}. {kept}"
         ) from error
 
 

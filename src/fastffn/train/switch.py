@@ -62,7 +62,7 @@ def factorise_stage(
     for path, module in match.fastffn_modules(model):
         for name, rule in (module.merged_tensors(module.config) or {}).items():
             if rule.combine is None:
-                same[f"{path}.{rule.sources[0]}"] = f"{path}.{family.tensors[name].name}"
+                same[f"{path}.{rule.sources[0]}"] = family.tensors[name].at(path)
     with new_directory(target) as partial:
         model.save_pretrained(partial)
         _carry_over(source, partial, make_trainer(partial), same)

@@ -49,7 +49,9 @@ def parameter_groups(
     # Those that stay dense come first, in stage 1, where the others are none of the family's, as in stage 2.
     own = [path for path, _ in family_ffns(model, family)][stage.dense_layers :]
     ours = [path for path, _ in fastffn_modules(model)]
-    inside = tuple(f"{path}." for path in own + ours)
+    inside = tuple(f"{path}." for path in ours) + tuple(
+        where.at(path) for path in own for where in family.tensors.values()
+    )
     groups: list[list[tuple[str, nn.Parameter]]] = [[], [], []]
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
