@@ -40,11 +40,11 @@ def fits_vocabulary(tokens: int, size: int) -> bool:
     return size - PADDING < tokens <= size
 
 
-def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
-    """The tokenizer in a directory or on a hub.
+def load_tokenizer(spec: str, *, end_of_text: bool = True) -> PreTrainedTokenizerFast:
+    """The tokenizer in a directory or on a hub; `end_of_text`: it must have a token for the end of a text.
 
     Raises:
-        DataError: there is none, it has no fast version, or no token for the end of a text.
+        DataError: there is none, it has no fast version, or no token that it must have.
     """
     from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
@@ -70,7 +70,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(f"The tokenizer '{spec}' has no fast version (tokenizer.json); FastFFN needs one.")
-    if tokenizer.eos_token_id is None:
+    if end_of_text and tokenizer.eos_token_id is None:
         raise DataError(f"The tokenizer '{spec}' has no end-of-text token (eos_token); documents must be separated.")
     return tokenizer
 
