@@ -17,6 +17,8 @@ SMALL = {
     "layer_steps": 8,
     "steps": 8,
     "warmup_steps": 2,
+    "layer_learning_rate": 1e-2,
+    "learning_rate": 1e-2,
     "validation_blocks": 16,
     "evaluate_every": 4,
     "checkpoint_every": 3,
