@@ -41,10 +41,14 @@ def fits_vocabulary(tokens: int, size: int) -> bool:
 
 
 def load_tokenizer(spec: str, *, end_of_text: bool = True) -> PreTrainedTokenizerFast:
-    """The tokenizer in a directory or on a hub; `end_of_text`: it must have a token for the end of a text.
+    """The tokenizer in a directory or on a hub.
+
+    Args:
+        spec: the directory or name.
+        end_of_text: whether it must have a token for the end of a text; those of BERT have none.
 
     Raises:
-        DataError: there is none, it has no fast version, or no token that it must have.
+        DataError: there is none, it has no fast version, or no token for the end of a text.
     """
     from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fastffn import LowRankConfig, LowRankFFN
+from fastffn.convert.families import families
 from fastffn.errors import CheckpointError, ConfigError, DataError, OutputError
 from fastffn.evaluate.perplexity import evaluate_perplexity
 from fastffn.train import checkpoints
@@ -331,3 +332,49 @@ def configured(**changes):
     from tests.train.distill.pairs import SMALL
 
     return DistillConfig(**({"student": "s", "teacher": "t", "data": "d"} | SMALL | changes))
+
+
+def knows(model_type: str) -> bool:
+    return any(model_type in str(vars(type(family))) for family in families())
+
+
+@pytest.mark.skipif(not knows("bert"), reason="conversion knows no BERT")
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertModel"])
+def test_encoders(name, tmp_path, monkeypatch) -> None:
+    """From a converted BERT to a report; interrupted, its masks and so its weights end the same."""
+    import transformers
+
+    from tests.data.test_sequences import WORDS
+
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, initializer_range=0.3, **sizes)
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config)
+    model.save_pretrained(tmp_path / "teacher")
+    fastffn.convert(model, LowRankConfig(rank=6))
+    model.save_pretrained(tmp_path / "student")
+    words = {word: number for number, word in enumerate(WORDS)}
+    transformers.BertTokenizer(vocab=words).save_pretrained(tmp_path / "student")
+    text = tmp_path / "text.txt"
+    documents = ["the cat sees a dog . a dog sees the cat .", "the dog", "a cat . the cat"] * 100
+    text.write_text("\n<|endoftext|>\n".join(documents) + "\n")
+    run = tiny((tmp_path / "student", tmp_path / "teacher"), text, layer_steps=20, steps=20)
+    results = distill(run, tmp_path / "whole")
+    before, layers, student = results["before"], *(record["held_out"] for record in results["stages"].values())
+    assert layers["ffn_error"] < 0.9 * before["ffn_error"]
+    assert student["loss"] < 0.9 * layers["loss"] < 0.9 * before["loss"]
+    assert ("teacher_perplexity" in before) is (name == "BertForMaskedLM")
+
+    step = DistillTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 10:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillTrainer, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            distill(run, tmp_path / "run")
+    distill(run, tmp_path / "run")
+    assert same_weights(tmp_path / "whole" / "student", tmp_path / "run" / "student")
