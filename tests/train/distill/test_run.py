@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import fastffn.hf
 from fastffn import LowRankConfig, LowRankFFN
 from fastffn.convert.families import families
 from fastffn.errors import CheckpointError, ConfigError, DataError, OutputError
@@ -138,7 +139,7 @@ def killed(pair: Path, text: Path, output: Path, stage: str, step: int) -> None:
     distill(tiny((pair / "student", pair / "teacher"), text), output)
 
 
-def test_killed_twice_it_ends_the_same(undisturbed, pair, text_file, tmp_path) -> None:
+def test_killed_twice_it_ends_the_same(undisturbed, pair, text_file, tmp_path, monkeypatch) -> None:
     output = tmp_path / "run"
     for stage, step in (("layers", 5), ("student", 7)):
         command = [sys.executable, "-c", KILLED, *map(str, (pair[0].parent, text_file, output, stage, step))]
@@ -146,7 +147,15 @@ def test_killed_twice_it_ends_the_same(undisturbed, pair, text_file, tmp_path) -
         assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
         newest, _ = checkpoints.newest_complete(output / stage)
         assert newest is not None and newest.name == f"checkpoint-{step // 3 * 3}"
+    train, steps = DistillTrainer.training_step, []
+
+    def count(self, *args, **kwargs):
+        steps.append(self.stage.name)
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(DistillTrainer, "training_step", count)
     results = distill(tiny(pair, text_file), output)
+    assert steps == ["student", "student"]  # from checkpoint-6 on
     for name in ("layers", "student"):
         assert same_weights(undisturbed[0] / name, output / name)
         assert results["stages"][name]["held_out"] == undisturbed[1]["stages"][name]["held_out"]
