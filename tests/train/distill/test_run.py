@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -341,6 +342,41 @@ def configured(**changes):
     from tests.train.distill.pairs import SMALL
 
     return DistillConfig(**({"student": "s", "teacher": "t", "data": "d"} | SMALL | changes))
+
+
+def test_a_model_without_a_head(text_file, tmp_path, tokenizer) -> None:
+    """A GPT-2 alone learns the teacher's last hidden states; its sequences are padded."""
+    from transformers import GPT2Model
+
+    torch.manual_seed(1)
+    model = GPT2Model(tiny_gpt2(initializer_range=0.2))
+    model.save_pretrained(tmp_path / "teacher")
+    fastffn.convert(model, LowRankConfig(rank=4))
+    model.save_pretrained(tmp_path / "student")
+    padded = copy.deepcopy(tokenizer)
+    padded.pad_token = padded.eos_token
+    padded.save_pretrained(tmp_path / "student")
+    text = tmp_path / "text.txt"
+    sentences = text_file.read_text().splitlines()[:400]
+    text.write_text("\n<|endoftext|>\n".join(sentences) + "\n")
+    pair = (tmp_path / "student", tmp_path / "teacher")
+    with pytest.raises(ConfigError, match="GPT2Model predicts no tokens"):
+        distill(tiny(pair, text, text_weight=0.5), tmp_path / "run")
+    results = distill(tiny(pair, text, steps=20), tmp_path / "run")
+    before, after = results["before"], results["stages"]["student"]["held_out"]
+    assert after["token_error"] < 0.9 * before["token_error"]
+    assert after["sentence_distance"] < before["sentence_distance"]
+    assert after["loss"] == pytest.approx(after["token_error"] + after["sentence_distance"])
+    # Padding is not counted: sentences are shorter than 16 tokens.
+    assert 0 < results["stages"]["student"]["tokens"] < 20 * 4 * 16
+    assert "error of tokens" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_several_processes_are_refused(pair, text_file, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("fastffn.train.processes.count", lambda: 2)
+    with pytest.raises(ConfigError, match="one process and was started in 2"):
+        distill(tiny(pair, text_file), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def knows(model_type: str) -> bool:

@@ -152,7 +152,7 @@ class LogitDistance(Objective):
         features = lm_features(student, shown.inputs)[shown.predicted]
         extra = auxiliary_loss(student)
         targets = self._targets(shown, batch["input_ids"])
-        tokens, texts = max(1, len(targets)), max(1, int((targets != -100).sum()))
+        tokens, texts = len(targets), int((targets != -100).sum())
         ours, theirs = lm_head(student), lm_head(self.teacher)
 
         def share(logits: torch.Tensor, rows: slice) -> torch.Tensor:
