@@ -44,6 +44,7 @@ def refused(done: subprocess.CompletedProcess, *words: str, code: int = 2) -> No
         [],
         *[[name] for name in COMMANDS],
         ["evaluate", "perplexity"],
+        ["evaluate", "harness"],
         ["bench", "step"],
         ["bench", "layer"],
         ["experiment", "fff-table-1"],
@@ -112,6 +113,25 @@ def test_evaluate_perplexity(model, text_file, tmp_path) -> None:
     refused(run("evaluate", "perplexity", tmp_path, "--data", text_file), "config.json is missing")
     refused(run("evaluate", "perplexity", model / "stage2", "--data", text_file, "--stride", 0), "stride is 0")
     refused(run("evaluate", "perplexity", model / "stage2", "--data", text_file, "--context", 99), "context is 99")
+
+
+def test_distill(model, text_file, tmp_path) -> None:
+    pair, output = (model / "stage1", model / "stage2"), tmp_path / "out"
+    options = ("--data", text_file, "--sequence", 16, "--batch", 4, "--layer-steps", 2, "--validation-blocks", 8)
+    stopped = run("distill", *pair, *options, "--steps", 2, "--output", output, "--max-minutes", 1e-9)
+    assert stopped.returncode == 0, stopped.stderr
+    assert "the same command goes on" in stopped.stdout
+    done = run("distill", *pair, *options, "--steps", 2, "--output", output, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["complete"] and result["stages"]["student"]["steps"] == 2
+    assert "KL to teacher" in done.stderr and "%|" not in done.stderr
+    refused(run("distill", *pair, *options, "--steps", 3, "--output", output), "steps: 2 there, 3 here")
+    refused(run("distill", *pair[::-1], *options, "--output", tmp_path / "no"), "holds no FastFFN kinds")
+    refused(run("distill", *pair, *options), "--output is missing")
+    refused(run("distill", *pair, "--output", tmp_path / "no"), "data is missing")
+    refused(run("distill", output, pair[1], *options, "--output", tmp_path / "no"), f"Did you mean {output}/student")
+    assert not (tmp_path / "no").exists()
 
 
 def test_bench_step() -> None:

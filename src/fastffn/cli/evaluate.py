@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 
 import click
@@ -76,4 +78,42 @@ def perplexity(
         f"perplexity per token  {result['token_perplexity']:.3f}\n"
         f"perplexity per word   {result['word_perplexity']:.3f}\n"
         f"bits per byte         {result['bits_per_byte']:.4f}"
+    )
+
+
+@command.command()
+@path_argument("model")
+@click.option("--tasks", required=True, help="Names of tasks or groups with commas, such as hellaswag,arc_easy.")
+@click.option("--include-path", type=click.Path(path_type=Path), help="Folder of YAML files that define more tasks.")
+@click.option("--limit", type=int, help="Examples of each task at most.  [default: all]")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Requests at a time.")
+@json_option
+def harness(
+    model: Path, tasks: str, include_path: Path | None, limit: int | None, batch_size: int, as_json: bool
+) -> None:
+    """Tasks of lm-eval (EleutherAI's lm-evaluation-harness) on the causal language model MODEL.
+
+    Needs `pip install 'fastffn[eval]'`. Most tasks fetch their data from a hub.
+
+    Example: fastffn evaluate harness runs/recovered/student --tasks hellaswag,arc_easy --limit 200
+    """
+    from tabulate import tabulate
+
+    from fastffn.evaluate.harness import evaluate_harness
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    # With --json the standard output is JSON and nothing else.
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        result = evaluate_harness(model, names, include_path=include_path, limit=limit, batch=batch_size)
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    rows = [
+        (task, metric, f"{found['value']:.4f}", "" if found["stderr"] is None else f"{found['stderr']:.4f}")
+        for task, metrics in result["results"].items()
+        for metric, found in metrics.items()
+    ]
+    click.echo(
+        tabulate(rows, ("task", "metric", "value", "standard error"), disable_numparse=True, stralign="right")
+        + f"\n\nlm-eval {result['lm_eval']}, {'all' if limit is None else f'at most {limit}'} examples of each task"
     )

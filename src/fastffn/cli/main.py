@@ -15,6 +15,7 @@ from fastffn.errors import ConfigError, FastFFNError, MainProcessError, did_you_
 # Each name is a file in this folder with a click command `command`.
 COMMANDS = {
     "pretrain": "pre-train a GPT in two stages, and a dense one beside it",
+    "distill": "recover a converted model's quality from its dense original",
     "merge": "multiply out the factors of a checkpoint",
     "convert": "replace the FFNs of a model that exists",
     "evaluate": "measure a model's quality",

@@ -20,14 +20,17 @@ def path_argument(name: str, **settings: Any) -> Callable[[Any], Any]:
     return click.argument(name, type=click.Path(path_type=Path), **settings)
 
 
-def field_options(config: type) -> list[click.Option]:
-    """One option for each field of a dataclass that carries a `help`, without defaults of its own."""
+def field_options(config: type, *, source: str = "demo") -> list[click.Option]:
+    """One option for each field of a dataclass that carries a `help`, without defaults of its own.
+
+    The help names the field's default after `source`: the preset that has it, or `default` where there are none.
+    """
     hints = get_type_hints(config)
     options = []
     for field in dataclasses.fields(config):
         if "help" not in field.metadata or get_origin(hints[field.name]) is dict:
             continue
-        default = "" if field.default in (None, dataclasses.MISSING) else f"  [demo: {field.default}]"
+        default = "" if field.default in (None, dataclasses.MISSING) else f"  [{source}: {field.default}]"
         options.append(option_for(field.name, hints[field.name], field.metadata["help"] + default))
     return options
 

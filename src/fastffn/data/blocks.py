@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastffn.data.text import DOCUMENT_SEPARATOR, TextSource, find_text, splits_of
+from fastffn.data.text import DOCUMENT_SEPARATOR, TextSource, find_text, held_out_text
 from fastffn.data.tokenise import Record, plain_backend
 from fastffn.errors import DataError
 
@@ -73,13 +73,7 @@ def token_blocks(
         DataError: there is no text, it cannot be read, or it is too little for one block of each.
     """
     source = find_text(data, column=column, separator=separator)
-    held_out: TextSource | None = None
-    if validation is not None:
-        held_out = find_text(validation, column=column, separator=separator)
-        if "validation" in splits_of(held_out):
-            held_out = find_text(validation, split="validation", column=column)
-    elif {"train", "validation"} <= set(splits_of(source)):
-        held_out = find_text(data, split="validation", column=column)
+    held_out = held_out_text(source, validation, column=column, separator=separator)
     every = max(2, round(1 / validation_fraction)) if held_out is None else None
     train, unseen, record, seconds = _rows(source, tokenizer, block, every)
     tokens = sum(record.blocks) * block if seconds else 0

@@ -124,6 +124,24 @@ def splits_of(source: TextSource) -> list[str]:
     return splits(source.data, saved=source.kind == "saved") if source.kind in ("saved", "named") else []
 
 
+def held_out_text(
+    source: TextSource, validation: str | None, *, column: str = "text", separator: str | None = DOCUMENT_SEPARATOR
+) -> TextSource | None:
+    """The text to validate on: `validation`, or the `validation` split of a data set; None: hold some out of `source`.
+
+    Raises:
+        DataError: see `find_text`.
+    """
+    if validation is not None:
+        found = find_text(validation, column=column, separator=separator)
+        if "validation" in splits_of(found):
+            found = find_text(validation, split="validation", column=column)
+        return found
+    if {"train", "validation"} <= set(splits_of(source)):
+        return find_text(source.data, split="validation", column=column)
+    return None
+
+
 def _looks_like_a_path(data: str, path: Path) -> bool:
     """Whether a name that is nowhere on disk is a mistyped path, and not one to ask the hub for."""
     if path.is_absolute() or data.startswith((".", "~")) or data.endswith("/"):

@@ -49,7 +49,7 @@ class Record:
     held_out: str | None = None
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """A piece, which part it belongs to (0: training, 1: held out), and whether an end-of-text token follows it."""
 
     piece: Piece
@@ -70,7 +70,7 @@ def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Any:
 def encoded_pieces(tokenizer: PreTrainedTokenizerFast, pieces: Iterator[Piece]) -> Iterator[tuple[Piece, list[int]]]:
     """Each piece and its token numbers, without special tokens; all cores are used."""
     backend = plain_backend(tokenizer)
-    for batch in _batches(_parts(pieces, None, None)):
+    for batch in batches_of(parts_of(pieces, None, None)):
         texts = [part.piece.text for part in batch]
         for part, encoding in zip(batch, backend.encode_batch_fast(texts, add_special_tokens=False), strict=True):
             yield part.piece, encoding.ids
@@ -95,20 +95,17 @@ def block_tables(
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(tokenizer_json)
-    record = Record()
-    if every is not None:
-        documents = sum(piece.ends_document for piece in _until_document(source.pieces(), 2 * every))
-        record.held_out = "documents" if documents == 2 * every else "stretches"
+    record = Record(held_out=held_out_by(source, every))
     read = [0]
 
     def report(position: int) -> None:
         read[0] = position
 
-    def encode(batch: list[_Part]) -> tuple[list[_Part], list[Any]]:
+    def encode(batch: list[Part]) -> tuple[list[Part], list[Any]]:
         return batch, tokenizer.encode_batch_fast([part.piece.text for part in batch], add_special_tokens=False)
 
-    parts = _parts(source.pieces(report), every, record.held_out)
-    encoded = _ahead(encode(batch) for batch in _ahead(_batches(parts)))
+    parts = parts_of(source.pieces(report), every, record.held_out)
+    encoded = _ahead(encode(batch) for batch in _ahead(batches_of(parts)))
     waiting = [np.empty(0, np.int32), np.empty(0, np.int32)]
     progress = Progress(source.data, source.size)
     tokens = 0
@@ -150,13 +147,21 @@ def _table(tokens: np.ndarray, block: int, note: str = "") -> pyarrow.Table:
     return pyarrow.table({"input_ids": ids, "note": [note] * len(ids)})
 
 
+def held_out_by(source: TextSource, every: int | None) -> str | None:
+    """What is held out of a text: whole `documents`, `stretches` where there are few, None if nothing is."""
+    if every is None:
+        return None
+    documents = sum(piece.ends_document for piece in _until_document(source.pieces(), 2 * every))
+    return "documents" if documents == 2 * every else "stretches"
+
+
 def _until_document(pieces: Iterator[Piece], number: int) -> Iterator[Piece]:
     """The pieces up to the end of the document of that number."""
     ends = (piece for piece in pieces if piece.ends_document)
     return islice(ends, number)
 
 
-def _parts(pieces: Iterator[Piece], every: int | None, held_out: str | None) -> Iterator[_Part]:
+def parts_of(pieces: Iterator[Piece], every: int | None, held_out: str | None) -> Iterator[Part]:
     """Which piece goes where. The first of every n is held out, so that any text of two has both parts."""
     number = 0
     waiting: tuple[Piece, int] | None = None
@@ -164,15 +169,16 @@ def _parts(pieces: Iterator[Piece], every: int | None, held_out: str | None) -> 
         part = int(every is not None and number % every == 0)
         if waiting is not None:
             # Where the next piece goes elsewhere, something else will follow this one.
-            yield _Part(*waiting, closes=waiting[0].ends_document or part != waiting[1])
+            yield Part(*waiting, closes=waiting[0].ends_document or part != waiting[1])
         waiting = piece, part
         number += piece.ends_document or held_out == "stretches"
     if waiting is not None:
-        yield _Part(*waiting, closes=True)
+        yield Part(*waiting, closes=True)
 
 
-def _batches(parts: Iterator[_Part]) -> Iterator[list[_Part]]:
-    batch: list[_Part] = []
+def batches_of(parts: Iterator[Part]) -> Iterator[list[Part]]:
+    """Parts by the dozen or hundred: as many as are tokenised at once."""
+    batch: list[Part] = []
     characters = 0
     for part in parts:
         batch.append(part)

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastffn.convert.files import read_json
 from fastffn.data.text import DOCUMENT_SEPARATOR, find_text
 from fastffn.data.tokenise import encoded_pieces
 from fastffn.data.tokenizer import fits_vocabulary, load_tokenizer
-from fastffn.errors import CheckpointError, ConfigError, DataError
+from fastffn.errors import ConfigError, DataError
+from fastffn.evaluate.load import load_language_model, model_config
 from fastffn.measure.machine import describe_machine
 
 
@@ -59,14 +59,8 @@ def evaluate_perplexity(
     """
     import transformers
 
-    import fastffn.hf  # noqa: F401  (so that checkpoints with FastFFN kinds load)
-
     directory = Path(model)
-    if not directory.is_dir():
-        raise CheckpointError(f"{model} is not a directory; name the directory of a model.")
-    if not (directory / "config.json").exists() and (directory / "stage2").is_dir():
-        raise CheckpointError(f"{directory} is a run, not a model. Did you mean {directory / 'stage2'}?")
-    config_json = read_json(directory / "config.json")
+    config_json = model_config(directory)
     source = find_text(data, split=split, column=column, separator=separator)
     words = load_tokenizer(tokenizer or str(directory))
     size = config_json.get("vocab_size")
@@ -78,7 +72,7 @@ def evaluate_perplexity(
     progress = sys.stderr.isatty()
     if not progress:
         transformers.utils.logging.disable_progress_bar()
-    net = _load(directory)
+    net = load_language_model(directory)
     limit = getattr(net.config, "max_position_embeddings", None)
     context = context if context is not None else limit or 1024
     stride = stride if stride is not None else max(1, context // 2)
@@ -115,19 +109,6 @@ def evaluate_perplexity(
         "data": data,
         "machine": describe_machine(),
     }
-
-
-def _load(directory: Path) -> Any:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    try:
-        net: Any = AutoModelForCausalLM.from_pretrained(directory)
-    except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"The weights in {directory} are missing, corrupt or cut short: {reason}") from error
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return net.to(device or "cpu").eval()
 
 
 def windows(length: int, context: int, stride: int) -> list[tuple[int, int, int]]:

@@ -1,9 +1,9 @@
-"""The Trainer's settings for one stage."""
+"""The Trainer's settings: those of every run, and those of one stage of pre-training."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,12 +19,7 @@ def training_arguments(config: PretrainConfig, directory: Path, stage: Stage | N
     Raises:
         ConfigError: the batch does not divide among processes and micro batches.
     """
-    from transformers import TrainingArguments
-
     micro, accumulation = split_batch(config, processes.count())
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if _accelerator_has_bf16() else "fp32"
     steps = stage.total if stage else 1
     warmup = min(config.warmup_steps, steps // 2)
     if config.schedule == "wsd":
@@ -38,11 +33,11 @@ def training_arguments(config: PretrainConfig, directory: Path, stage: Stage | N
         }
     else:
         schedule, options = "cosine_with_min_lr", {"min_lr_rate": config.min_lr_ratio}
-    arguments = TrainingArguments(
-        output_dir=str(directory),
+    return run_arguments(
+        directory,
+        precision=config.precision,
+        micro_batch=micro,
         max_steps=steps,
-        per_device_train_batch_size=micro,
-        per_device_eval_batch_size=micro,
         gradient_accumulation_steps=accumulation,
         learning_rate=stage.learning_rate if stage else config.learning_rate,
         lr_scheduler_type=schedule,
@@ -53,19 +48,41 @@ def training_arguments(config: PretrainConfig, directory: Path, stage: Stage | N
         adam_beta2=config.beta2,
         max_grad_norm=config.clip,
         optim=config.optimizer,
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
         torch_compile=config.compile,
         seed=config.seed,
         data_seed=stage.data_seed if stage else config.seed,
-        eval_strategy="steps",
         eval_steps=config.evaluate_every or max(20, steps // 20),
+        save_steps=config.checkpoint_every,
+        logging_steps=config.log_every,
+        ddp_find_unused_parameters=False,  # none is ever unused, and looking for them takes time in each step
+        **_recomputation(config.gradient_checkpointing),
+    )
+
+
+def run_arguments(directory: Path, *, precision: str, micro_batch: int, **settings: Any) -> Any:
+    """`transformers.TrainingArguments` of a run of ours; `settings` are what runs differ in.
+
+    Args:
+        directory: for checkpoints.
+        precision: `fp32`, `bf16`, `fp16`, or `auto`: bf16 on an accelerator that has it.
+        micro_batch: rows at once on a device.
+        settings: further arguments.
+    """
+    from transformers import TrainingArguments
+
+    if precision == "auto":
+        precision = "bf16" if _accelerator_has_bf16() else "fp32"
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        per_device_train_batch_size=micro_batch,
+        per_device_eval_batch_size=micro_batch,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        eval_strategy="steps",
         eval_on_start=False,
         save_strategy="steps",
-        save_steps=config.checkpoint_every,
         save_total_limit=None,  # ours: the Trainer goes by the directories' times, and counts unfinished ones
         logging_strategy="steps",
-        logging_steps=config.log_every,
         logging_nan_inf_filter=False,
         prediction_loss_only=True,
         dataloader_drop_last=True,
@@ -73,8 +90,7 @@ def training_arguments(config: PretrainConfig, directory: Path, stage: Stage | N
         use_cpu=not torch.accelerator.is_available(),  # without it bf16 is refused on a CPU
         report_to=["tensorboard"],
         disable_tqdm=True,
-        ddp_find_unused_parameters=False,  # none is ever unused, and looking for them takes time in each step
-        **_recomputation(TrainingArguments, config.gradient_checkpointing),
+        **settings,
     )
     # A launcher's environment may name another precision than the run's.
     arguments.mixed_precision = "no" if precision == "fp32" else precision
@@ -83,16 +99,32 @@ def training_arguments(config: PretrainConfig, directory: Path, stage: Stage | N
     return arguments
 
 
-def _recomputation(arguments: Any, wanted: bool) -> dict[str, Any]:
+def _recomputation(wanted: bool) -> dict[str, Any]:
     if not wanted:
         return {}
+    from transformers import TrainingArguments
+
     # Newer versions of transformers have another name for it, and warn at the old one.
     new = "activation_checkpointing"
-    name = new if new in arguments.__dataclass_fields__ else "gradient_checkpointing"
+    name = new if new in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
-def split_batch(config: PretrainConfig, count: int) -> tuple[int, int]:
+class Batches(Protocol):
+    """What a run says of its batches."""
+
+    @property
+    def batch(self) -> int:
+        """Rows in an optimizer step, over all devices."""
+        ...
+
+    @property
+    def micro_batch(self) -> int | None:
+        """Rows on a device at once; None: all of the batch."""
+        ...
+
+
+def split_batch(config: Batches, count: int) -> tuple[int, int]:
     """Sequences at once on a device, and how often before an optimizer step, with `count` processes.
 
     Raises:

@@ -22,6 +22,7 @@ from fastffn.train.disk import full_disk_is_named
 from fastffn.train.gain import Gain, measure_gain
 from fastffn.train.plan import Stage, plan_stages
 from fastffn.train.processes import is_main, on_main, say
+from fastffn.train.progress import where_it_stands
 from fastffn.train.report import print_report, write_progress, write_report
 from fastffn.train.switch import factorise_stage, merge_stage
 from fastffn.train.text import check_start, read_text
@@ -270,7 +271,9 @@ class _Run:
             carry: whether `model` also holds optimizer, schedule and step count to go on with.
         """
         directory = self.output / stage.name
-        record, checkpoint, last_step = on_main(lambda: self._where(stage, model if carry else None))
+        record, checkpoint, last_step = on_main(
+            lambda: where_it_stands(stage, directory, carried=model if carry else None)
+        )
         if record is not None:
             return record
         # Loading what the switch wrote is part of the price of the switch.
@@ -292,31 +295,6 @@ class _Run:
             return record
 
         return on_main(finish)
-
-    def _where(self, stage: Stage, carried: Path | None) -> tuple[dict[str, Any] | None, Any, int]:
-        """Where a stage stands: its record if it is done, else the checkpoint to go on from and that one's step."""
-        directory = self.output / stage.name
-        record = rundir.finished_stage(directory)
-        if record is not None:
-            checkpoints.check_loadable(directory)
-            say(f"{stage.name}: done before, {record['steps']} steps.")
-            return record, None, stage.end
-        checkpoint, ignored = checkpoints.newest_complete(directory)
-        for sentence in ignored:
-            say(sentence)
-        if checkpoint is not None:
-            say(f"{stage.name}: going on from {checkpoint.name}.")
-        else:
-            checkpoint = carried
-        if checkpoint is None:
-            return None, None, 0
-        try:
-            checkpoints.check_resumable(checkpoint)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{error} Delete {checkpoint}: the same command then goes on from what was there before."
-            ) from error
-        return None, checkpoint, read_json(checkpoint / "trainer_state.json").get("global_step", 0)
 
     def _start_model(self, stage: Stage) -> Any:
         config = self.config

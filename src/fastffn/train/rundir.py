@@ -6,20 +6,19 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
 from fastffn.convert.files import flush, make_directory, read_json, write_json, write_text
 from fastffn.errors import ConfigError, OutputError
 from fastffn.registry import kinds
-from fastffn.train.config import PretrainConfig
 
 CONFIG = "config.yaml"
 STAGE = "stage.json"
 TEXT = "text.json"
 LOCK = ".fastffn.lock"
-# Everything a run puts into its directory; `--overwrite` removes these and nothing else.
+# Everything a run of any command puts into its directory; `--overwrite` removes these and nothing else.
 CONTENTS = (
     "dense",
     "dense_equal_tokens",
@@ -28,9 +27,12 @@ CONTENTS = (
     "stage1",
     "merged",
     "stage2",
+    "layers",
+    "student",
     "tokenizer",
     TEXT,
     "gain.json",
+    "before.json",
     "results.json",
     "report.md",
     "loss_vs_time.png",
@@ -39,7 +41,22 @@ CONTENTS = (
 
 
 # What there is before the first stage begins.
-BEFORE_TRAINING = {CONFIG, "tokenizer", TEXT, "gain.json"}
+BEFORE_TRAINING = {CONFIG, "tokenizer", TEXT, "gain.json", "before.json"}
+# Fields by which a command's `config.yaml` is known.
+COMMANDS = {"pretrain": {"data", "ffn", "layers"}, "distill": {"data", "student", "teacher"}}
+
+
+class RunConfig(Protocol):
+    """What a run directory has to know of its run: all fields on one level, plain values."""
+
+    def to_flat(self) -> dict[str, Any]:
+        """The fields."""
+        ...
+
+
+def command_of(values: dict[str, Any]) -> str | None:
+    """The command whose fields these are, None if they are no run's."""
+    return next((name for name, fields in COMMANDS.items() if fields <= set(values)), None)
 
 
 @contextlib.contextmanager
@@ -80,7 +97,7 @@ def is_ours(name: str) -> bool:
     return name in CONTENTS or name in kinds()
 
 
-def check_run(output: Path, config: PretrainConfig, *, overwrite: bool) -> bool:
+def check_run(output: Path, config: RunConfig, *, overwrite: bool) -> bool:
     """Checks that `output` is free for the run that `config` describes; changes nothing.
 
     Returns:
@@ -98,7 +115,7 @@ def check_run(output: Path, config: PretrainConfig, *, overwrite: bool) -> bool:
     after = config.to_flat()
     # What an older version did not know and this run leaves unset is no difference: each new kind brings options.
     different = [name for name in after if before.get(name) != after[name]]
-    if set(there) <= BEFORE_TRAINING and {"data", "ffn", "layers"} <= set(before):
+    if set(there) <= BEFORE_TRAINING and command_of(before) is not None:
         return False  # nothing to go on with, and nothing to lose
     if not different and not (overwrite and (output / "results.json").is_file()):
         return True
@@ -112,6 +129,12 @@ def check_run(output: Path, config: PretrainConfig, *, overwrite: bool) -> bool:
         return False
     if not before:
         raise OutputError(f"{output} is not empty and holds no FastFFN run; name another directory.")
+    other = command_of(before)
+    if other != command_of(after):
+        raise OutputError(
+            f"{output} holds a run of fastffn {other or '(an unknown command)'}. Name another directory, or pass "
+            "--overwrite to delete that run and start anew."
+        )
     unknown = [name for name in different if name not in before]
     if unknown:
         raise OutputError(
@@ -125,7 +148,7 @@ def check_run(output: Path, config: PretrainConfig, *, overwrite: bool) -> bool:
     )
 
 
-def claim_run(output: Path, config: PretrainConfig) -> None:
+def claim_run(output: Path, config: RunConfig) -> None:
     """Makes `output` this run's, after `check_run`: deletes what another run left there and writes `config.yaml`."""
     make_directory(output)
     names = [*CONTENTS, *(name for name in kinds() if name not in CONTENTS)]
@@ -160,8 +183,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def dump_config(config: PretrainConfig) -> str:
-    """All fields as YAML; `fastffn pretrain --config` reads it."""
+def dump_config(config: RunConfig) -> str:
+    """All fields as YAML; `fastffn pretrain --config` reads its own."""
     return yaml.safe_dump(config.to_flat(), sort_keys=False, allow_unicode=True)
 
 

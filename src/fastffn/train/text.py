@@ -50,12 +50,8 @@ class RunText:
     @property
     def identity(self) -> str:
         """Text that differs whenever the text or the start of the run do."""
-        start = Path(self.config.init_from) if self.config.init_from is not None else None
-        stamps = [
-            f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
-            for path in sorted(start.glob("*.safetensors") if start else ())
-        ]
-        return " ".join([self.blocks.identity, *stamps])
+        start = weights_identity(Path(self.config.init_from)) if self.config.init_from is not None else []
+        return " ".join([self.blocks.identity, *start])
 
     def facts(self) -> dict[str, Any]:
         """What a report says of it."""
@@ -150,13 +146,7 @@ def spread(rows: Any, most: int) -> Any:
 
 def check_start(config: PretrainConfig, output: Path) -> None:
     """Raises ConfigError if the run's shape is not that of the checkpoint it starts from, or would be deleted."""
-    for name in ("init_from", "tokenizer"):
-        value = getattr(config, name)
-        if value and Path(value).exists() and output.resolve() in Path(value).resolve().parents:
-            raise ConfigError(
-                f"{name} is {value}, inside the run's own directory {output}, which a run may delete. Copy it "
-                "elsewhere, or name another output."
-            )
+    check_outside(output, {"init_from": config.init_from, "tokenizer": config.tokenizer})
     if config.init_from is None:
         return
     there = GPT2Shape.of_checkpoint(Path(config.init_from))
@@ -170,3 +160,23 @@ def check_start(config: PretrainConfig, output: Path) -> None:
         raise ConfigError(
             f"sequence is {config.sequence}, but the checkpoint {config.init_from} takes {there.sequence} at most."
         )
+
+
+def check_outside(output: Path, given: dict[str, str | None]) -> None:
+    """Raises ConfigError if something that a run reads lies in its own directory; `given`: fields and their paths."""
+    for name, value in given.items():
+        if (
+            value
+            and Path(value).exists()
+            and output.resolve() in (Path(value).resolve(), *Path(value).resolve().parents)
+        ):
+            raise ConfigError(
+                f"{name} is {value}, inside the run's own directory {output}, which a run may delete. Copy it "
+                "elsewhere, or name another output."
+            )
+
+
+def weights_identity(directory: Path) -> list[str]:
+    """Name, size and time of each file of weights of a checkpoint."""
+    files = sorted(directory.glob("*.safetensors"))
+    return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]

@@ -1,6 +1,6 @@
-"""The Hugging Face Trainer with what two stages need: a group of switched matrices, one schedule, a clock.
+"""The Hugging Face Trainer with what runs need, and with what two stages need: switched matrices, one schedule.
 
-Optimizer groups, always these three, so that state can pass from one stage to the next:
+Optimizer groups of a stage, always these three, so that state can pass from one stage to the next:
 
     0  matrices outside the FFNs' linear maps, with weight decay
     1  biases and norms, without
@@ -157,78 +157,23 @@ class StageEnd(TrainerCallback):
         return control
 
 
-class StageTrainer(Trainer):
-    """The Trainer for one stage; see the file's head.
+class RunTrainer(Trainer):
+    """The Trainer as every run of ours needs it: a clock, checkpoints known to be whole, a stop before bad numbers.
 
     Args:
-        stage: which.
+        stage: what it trains, and until which step.
         clock: counts the seconds; its values go into every log entry as `train_seconds` and `waiting_seconds`.
-        frobenius: decay the product of the factors, where the kind knows how.
         watch: another callback, which comes before the clock: what it does at a validation is not counted.
     """
 
-    def __init__(
-        self, *, stage: Stage, clock: Clock, frobenius: bool, watch: TrainerCallback | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *, stage: Stage, clock: Clock, watch: TrainerCallback | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.stage = stage
         self.clock = clock
-        self.frobenius = frobenius
         self.remove_callback(PrinterCallback)  # the watch says it
         for callback in (watch, clock, StageEnd(stage), _RestoreRates(self)):
             if callback is not None:
                 self.add_callback(callback)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """See `Trainer.create_optimizer`."""
-        if self.optimizer is None:
-            trained = cast(Any, self.model)
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
-            decay = set(self.get_decay_parameter_names(trained))
-            groups = parameter_groups(trained, self.stage, decay, self.args.weight_decay, self.frobenius)
-            self.optimizer = cls(groups, **options)
-            if self.frobenius and self.args.weight_decay:
-                # A hook of the optimizer's own: it runs exactly when the optimizer does.
-                self.optimizer.register_step_pre_hook(self._decay_products)
-        optimizer: torch.optim.Optimizer = self.optimizer
-        return optimizer
-
-    def _decay_products(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        # fp16: where the loss scaling found infinite gradients, a fused optimizer is called and does nothing.
-        found = getattr(optimizer, "found_inf", None)
-        if found is not None and bool(found):
-            return
-        amount = optimizer.param_groups[SWITCHED]["lr"] * self.args.weight_decay
-        for _, module in fastffn_modules(cast(nn.Module, self.model)):
-            module.decay_product_(amount)
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        """See `Trainer.create_scheduler`; group 2 gets the ramp."""
-        fresh = self.lr_scheduler is None
-        scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
-        if fresh and self.stage.rewarm_steps:
-            base = scheduler.lr_lambdas[SWITCHED]
-            scheduler.lr_lambdas[SWITCHED] = partial(rewarmed, base, self.stage.begin, self.stage.rewarm_steps)
-        return scheduler
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """See `Trainer.compute_loss`; what the kinds ask for beside the task's loss is added in training."""
-        found: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss, outputs = found
-        if model.training:
-            extra = auxiliary_loss(cast(nn.Module, self.model))
-            # The task's loss is a share of that of the whole step, where the number of its tokens is known.
-            parts = self.args.gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + extra / parts
-        return (loss, outputs) if return_outputs else loss
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -248,36 +193,6 @@ class StageTrainer(Trainer):
         blocks: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         mine = range(self.args.process_index, len(blocks), self.args.world_size)
         return DataLoader(Subset(blocks, mine), batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader[Any],
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Mean loss of every predicted token of every block, whatever the batches and the number of processes.
-
-        The Trainer's own weights the last, smaller batch like the others, and blocks twice that it repeats to give
-        every process as many.
-        """
-        model = self._wrap_model(cast(Any, self.model), training=False)
-        model.eval()
-        loss, tokens = 0.0, 0
-        for inputs in dataloader:
-            counted = int((inputs["labels"][:, 1:] != -100).sum())
-            # Not prediction_step: it speaks to the other processes at each batch, and they may have one more.
-            with torch.no_grad(), self.compute_loss_context_manager():
-                mean = model(**self._prepare_inputs(inputs)).loss
-            loss += float(mean) * counted
-            tokens += counted
-        if self.args.world_size > 1:
-            parts = gather_object([(loss, tokens)])
-            loss, tokens = sum(part[0] for part in parts), sum(part[1] for part in parts)
-        metrics = {f"{metric_key_prefix}_loss": loss / tokens}
-        blocks = len(cast(Any, self.eval_dataset))
-        return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=metrics, num_samples=blocks)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """See `Trainer.evaluate`."""
@@ -334,13 +249,107 @@ class StageTrainer(Trainer):
         super()._issue_warnings_after_load(load_result)
 
 
+class StageTrainer(RunTrainer):
+    """The Trainer for one stage of pre-training; see the file's head.
+
+    Args:
+        stage, clock, watch: see `RunTrainer`.
+        frobenius: decay the product of the factors, where the kind knows how.
+    """
+
+    def __init__(self, *, frobenius: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.frobenius = frobenius
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """See `Trainer.create_optimizer`."""
+        if self.optimizer is None:
+            trained = cast(Any, self.model)
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            decay = set(self.get_decay_parameter_names(trained))
+            groups = parameter_groups(trained, self.stage, decay, self.args.weight_decay, self.frobenius)
+            self.optimizer = cls(groups, **options)
+            if self.frobenius and self.args.weight_decay:
+                # A hook of the optimizer's own: it runs exactly when the optimizer does.
+                self.optimizer.register_step_pre_hook(self._decay_products)
+        optimizer: torch.optim.Optimizer = self.optimizer
+        return optimizer
+
+    def _decay_products(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # fp16: where the loss scaling found infinite gradients, a fused optimizer is called and does nothing.
+        found = getattr(optimizer, "found_inf", None)
+        if found is not None and bool(found):
+            return
+        amount = optimizer.param_groups[SWITCHED]["lr"] * self.args.weight_decay
+        for _, module in fastffn_modules(cast(nn.Module, self.model)):
+            module.decay_product_(amount)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """See `Trainer.create_scheduler`; group 2 gets the ramp."""
+        fresh = self.lr_scheduler is None
+        scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
+        if fresh and self.stage.rewarm_steps:
+            base = scheduler.lr_lambdas[SWITCHED]
+            scheduler.lr_lambdas[SWITCHED] = partial(rewarmed, base, self.stage.begin, self.stage.rewarm_steps)
+        return scheduler
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """See `Trainer.compute_loss`; what the kinds ask for beside the task's loss is added in training."""
+        found: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = found
+        if model.training:
+            extra = auxiliary_loss(cast(nn.Module, self.model))
+            # The task's loss is a share of that of the whole step, where the number of its tokens is known.
+            parts = self.args.gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + extra / parts
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Mean loss of every predicted token of every block, whatever the batches and the number of processes.
+
+        The Trainer's own weights the last, smaller batch like the others, and blocks twice that it repeats to give
+        every process as many.
+        """
+        model = self._wrap_model(cast(Any, self.model), training=False)
+        model.eval()
+        loss, tokens = 0.0, 0
+        for inputs in dataloader:
+            counted = int((inputs["labels"][:, 1:] != -100).sum())
+            # Not prediction_step: it speaks to the other processes at each batch, and they may have one more.
+            with torch.no_grad(), self.compute_loss_context_manager():
+                mean = model(**self._prepare_inputs(inputs)).loss
+            loss += float(mean) * counted
+            tokens += counted
+        if self.args.world_size > 1:
+            parts = gather_object([(loss, tokens)])
+            loss, tokens = sum(part[0] for part in parts), sum(part[1] for part in parts)
+        metrics = {f"{metric_key_prefix}_loss": loss / tokens}
+        blocks = len(cast(Any, self.eval_dataset))
+        return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=metrics, num_samples=blocks)
+
+
 class _RestoreRates(TrainerCallback):
     """After resuming, sets each group's rate to what the schedule says for the step that comes next.
 
     An optimizer's saved state holds the rate of the stage that saved it.
     """
 
-    def __init__(self, trainer: StageTrainer) -> None:
+    def __init__(self, trainer: RunTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(
