@@ -133,7 +133,7 @@ def dense_ffns(teacher: Any, paths: list[str]) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for path in paths:
         try:
-            dense = family.to_dense(teacher.get_submodule(path), teacher.config)
+            dense = family.to_dense(teacher, path)
         except (AttributeError, ConversionError) as error:
             raise CheckpointError(f"The teacher has no FFN at {path}, where the student has one ({error}).") from error
         found[path] = dense.eval().requires_grad_(False)
