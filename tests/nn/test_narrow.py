@@ -53,3 +53,44 @@ def test_dense_with_the_rest_silenced() -> None:
 def test_widths_that_make_no_sense(width) -> None:
     with pytest.raises(ConfigError, match=rf"width is {width}.*below d_hidden \(16\)"):
         build("narrow", d_model=4, width=width)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_dropped_neurons_are_gone_and_merge_as_zeros(gated: bool, bias: bool) -> None:
+    dense = DenseFFN(DenseConfig(d_model=6, d_hidden=8, gated=gated, bias=bias))
+    kept, dropped = (NarrowFFN.from_dense(dense, NarrowConfig(width=5, drop=drop)) for drop in (False, True))
+    assert not any(name.startswith("asleep") for name in dropped.state_dict())
+    x = torch.randn(7, 6)
+    assert torch.equal(kept(x), dropped(x))
+    merged = dropped.merge()
+    assert merged.up.weight.shape == (8, 6) and not merged.up.weight[5:].any()
+    torch.testing.assert_close(merged(x), dropped(x))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_say_who_stays_and_the_rest_is_made_up_for(gated: bool, bias: bool, dtype: torch.dtype) -> None:
+    dense = DenseFFN(DenseConfig(d_model=6, d_hidden=8, gated=gated, bias=bias)).to(dtype)
+    rows = torch.randn(600, 6, dtype=dtype)
+    rows[:, 0] = 1
+    with torch.no_grad():
+        # Small weights, but the only neurons that these tokens make work; one that does nothing; twins.
+        dense.up.weight[2] *= 0
+        dense.up.weight[2, 0] = 8
+        dense.up.weight[6], dense.down.weight[:, 6] = dense.up.weight[5], 0.02 * dense.down.weight[:, 5]
+        if gated:
+            dense.gate.weight[2], dense.gate.weight[6] = dense.up.weight[2], dense.gate.weight[5]
+            dense.gate.weight[2, 0] = 8
+        if bias:
+            for name in ("up", "gate") if gated else ("up",):
+                getattr(dense, name).bias[6] = getattr(dense, name).bias[5]
+    blind = NarrowFFN.from_dense(dense, NarrowConfig(width=7, drop=True))
+    shown = NarrowFFN.from_dense(dense, NarrowConfig(width=7, drop=True), rows)
+    assert shown.up.weight.dtype == dtype and all(p.requires_grad for p in shown.parameters())
+    assert any(torch.equal(row, dense.up.weight[2]) for row in shown.up.weight)
+    errors = [float((ffn(rows) - dense(rows)).detach().square().mean()) for ffn in (shown, blind)]
+    assert errors[0] <= errors[1]
+    # The twin that stays does the work of both.
+    torch.testing.assert_close(shown(rows), dense(rows), rtol=0.1, atol=0.1 if dtype == torch.bfloat16 else 5e-3)

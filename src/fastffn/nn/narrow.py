@@ -3,12 +3,16 @@
 A first stage that is cheap because the FFN is small: every neuron that is awake reads and writes all of the residual
 stream, which factors of low rank do not, and one awake is next to no FFN at all. Neurons asleep keep the weights into
 them that they started with; once awake they contribute nothing until the weights out of them, zero, have learnt.
+
+With `drop` nobody sleeps: the other neurons are gone (structured pruning), and what is left is a smaller dense FFN.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +21,8 @@ from torch import nn
 from fastffn.errors import ConfigError
 from fastffn.nn.base import MergedTensor
 from fastffn.nn.dense import DenseConfig, DenseFFN, LinearMapFFN
+from fastffn.nn.start.least_squares import refit
+from fastffn.nn.start.neurons import by_use, contributions
 from fastffn.registry import register_ffn
 
 if TYPE_CHECKING:
@@ -29,9 +35,11 @@ class NarrowConfig(DenseConfig):
 
     Args:
         width: neurons that are awake; None means H / 4.
+        drop: whether the other neurons are dropped for good, to infer with fewer, instead of kept to wake up.
     """
 
     width: int | None = None
+    drop: bool = False
 
     def resolved(self) -> Self:
         """See `FFNConfig.resolved`; also checks the width."""
@@ -66,8 +74,8 @@ class NarrowFFN(LinearMapFFN[NarrowConfig]):
     Shapes:
         x: `[..., D]`; returns `[..., O]` in the dtype of the parameters.
         up.weight, gate.weight: `[W, D]`; up.bias, gate.bias: `[W]`; down.weight: `[O, W]`; down.bias: `[O]`, W the
-        neurons awake; asleep.up.weight, asleep.gate.weight: `[H - W, D]`; asleep.up.bias, asleep.gate.bias: `[H - W]`
-        (buffers: not trained).
+        neurons awake; without `drop` also asleep.up.weight, asleep.gate.weight: `[H - W, D]`; asleep.up.bias,
+        asleep.gate.bias: `[H - W]` (buffers: not trained).
 
     Raises:
         ShapeError: the last axis of `x` is not D.
@@ -78,7 +86,7 @@ class NarrowFFN(LinearMapFFN[NarrowConfig]):
         super().__init__(config)
         assert self.config.width and self.config.d_hidden and self.config.d_model
         self.asleep = nn.Module()
-        for name in self._into():
+        for name in [] if self.config.drop else self._into():
             linear = nn.Linear(self.config.d_model, self.config.d_hidden - self.config.width, self.config.bias)
             self.asleep.add_module(name, _as_buffers(linear))
 
@@ -92,23 +100,34 @@ class NarrowFFN(LinearMapFFN[NarrowConfig]):
 
     @classmethod
     def from_dense(cls, dense: DenseFFN, config: NarrowConfig, inputs: torch.Tensor | None = None) -> Self:
-        """The neurons of `dense` that do most by the norms of their weights; what the others put out is left away."""
+        """The neurons of `dense` that do most, by the norms of their weights; what the others put out is left away.
+
+        With `inputs [S, D]`, those that add most to these tokens' outputs, and the weights out of them made to fit.
+        """
         with torch.device("meta"):
             module = cls(config.fitted_to(dense.config))
         width = module.config.width
+        assert width is not None
         state = dense.state_dict()
         size = state["down.weight"].float().norm(dim=0)
         for name in module._into():
             size = size * state[f"{name}.weight"].float().norm(dim=1)
         order = size.argsort(descending=True, stable=True)
+        fitted = None
+        if inputs is not None and len(inputs):
+            order, fitted = _fit(dense, inputs, width)
+            order = order.to(size.device)
         awake, asleep = order[:width].sort().values, order[width:].sort().values
         tensors = {"down.weight": state["down.weight"][:, awake]}
         for name in module._into():
             for part in ("weight", "bias") if module.config.bias else ("weight",):
                 tensors[f"{name}.{part}"] = state[f"{name}.{part}"][awake]
-                tensors[f"asleep.{name}.{part}"] = state[f"{name}.{part}"][asleep]
+                if not config.drop:
+                    tensors[f"asleep.{name}.{part}"] = state[f"{name}.{part}"][asleep]
         if module.config.bias:
             tensors["down.bias"] = state["down.bias"].clone()
+        if fitted is not None:
+            tensors |= {name: value.to(state[name].device, state[name].dtype) for name, value in fitted.items()}
         module.load_state_dict(tensors, assign=True)
         for parameter in module.parameters():
             parameter.requires_grad_(True)
@@ -116,15 +135,46 @@ class NarrowFFN(LinearMapFFN[NarrowConfig]):
 
     @classmethod
     def merged_tensors(cls, config: NarrowConfig) -> dict[str, MergedTensor]:
-        """The neurons asleep come after those awake, with weights of zero out of them."""
+        """The neurons asleep come after those awake, with weights of zero out of them; dropped ones are all zeros."""
         into = [name for name in config.linear_maps() if name != "down"]
-        recipe = {"down.weight": MergedTensor(("down.weight", "asleep.up.weight"), _silent)}
-        for name in into:
-            for part in ("weight", "bias") if config.bias else ("weight",):
-                recipe[f"{name}.{part}"] = MergedTensor((f"asleep.{name}.{part}", f"{name}.{part}"), _awakened)
+        parts = ("weight", "bias") if config.bias else ("weight",)
+        if config.drop:
+            assert config.d_hidden and config.width
+            missing = config.d_hidden - config.width
+            recipe = {"down.weight": MergedTensor(("down.weight",), partial(_padded, missing, 1))}
+            for name in (f"{name}.{part}" for name in into for part in parts):
+                recipe[name] = MergedTensor((name,), partial(_padded, missing, 0))
+        else:
+            recipe = {"down.weight": MergedTensor(("down.weight", "asleep.up.weight"), _silent)}
+            for name in (f"{name}.{part}" for name in into for part in parts):
+                recipe[name] = MergedTensor((f"asleep.{name}", name), _awakened)
         if config.bias:
             recipe["down.bias"] = MergedTensor(("down.bias",))
         return recipe
+
+
+@torch.no_grad()
+def _fit(dense: DenseFFN, inputs: torch.Tensor, width: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """All neurons, those that do most for tokens `[S, D]` first; and what `down` of the first `width` should be."""
+    plain = copy.deepcopy(dense).to("cpu", torch.float32).eval()
+    rows = inputs.detach().to("cpu", torch.float32)
+    hidden = plain.hidden(rows)
+    wanted = plain.down(hidden)
+    order = by_use(contributions(plain, hidden))
+    awake = order[:width].sort().values
+    features, start = hidden[:, awake], plain.down.weight[:, awake]
+    if not dense.config.bias:
+        return order, {"down.weight": refit(features, wanted, start)}
+    mean = features.mean(0)
+    weight = refit(features - mean, wanted - wanted.mean(0), start)
+    return order, {"down.weight": weight, "down.bias": wanted.mean(0) - weight.float() @ mean}
+
+
+def _padded(missing: int, dim: int, awake: torch.Tensor) -> torch.Tensor:
+    """Weights or biases with zeros for so many more neurons."""
+    shape = list(awake.shape)
+    shape[dim] = missing
+    return torch.cat((awake.detach(), awake.new_zeros(shape)), dim)
 
 
 def _as_buffers(linear: nn.Linear) -> nn.Module:
