@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import logging
 import sys
@@ -160,15 +159,24 @@ def _budget(max_loss_increase: str | None, min_similarity: float | None) -> Budg
 
 
 def _parted(batches: list[dict[str, Any]], calibration_tokens: int) -> tuple[list[Any], list[Any]]:
-    """The batches for calibration, and those after them to measure on."""
-    counts = list(itertools.accumulate(int(batch["attention_mask"].sum()) for batch in batches))
-    first = next((number + 1 for number, count in enumerate(counts) if count >= calibration_tokens), len(counts))
-    if first >= len(batches):
+    """The sequences for calibration, and those after them to measure on."""
+    shown: list[Any] = []
+    held_out: list[Any] = []
+    read = 0
+    for batch in batches:
+        counts = batch["attention_mask"].sum(1).tolist()
+        before = [read + sum(counts[:row]) for row in range(len(counts))]
+        first = sum(count < calibration_tokens for count in before)
+        for rows, part in ((slice(first), shown), (slice(first, None), held_out)):
+            if len(counts[rows]):
+                part.append({name: value[rows] for name, value in batch.items()})
+        read += sum(counts)
+    if not held_out:
         raise DataError(
-            f"The text has {counts[-1] if counts else 0:,} tokens: nothing is left to measure on after "
-            f"{calibration_tokens:,} for calibration. Give more text, or fewer --calibration-tokens."
+            f"The text has {read:,} tokens: nothing is left to measure on after {calibration_tokens:,} for "
+            "calibration. Give more text, or fewer --calibration-tokens."
         )
-    return batches[:first], batches[first:]
+    return shown, held_out
 
 
 def _batches(model: Any, directory: Path, data: str, tokens: int) -> Iterator[Any]:

@@ -5,3 +5,8 @@ plans.py     which FFN becomes what: the trade-off, from times and errors (no mo
 search.py    measures these, tries plans, and puts the best in place
 report.py    what was found
 """
+
+from fastffn.convert.budget.quality import Budget
+from fastffn.convert.budget.search import convert_within
+
+__all__ = ["Budget", "convert_within"]

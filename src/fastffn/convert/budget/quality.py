@@ -78,7 +78,7 @@ class Budget:
 
     def __str__(self) -> str:
         if self.max_loss_increase is not None:
-            return f"a loss at most {self.max_loss_increase:.4g} higher, relatively"
+            return f"a loss at most {100 * self.max_loss_increase:.4g} % higher"
         return f"a similarity of at least {self.min_similarity}"
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastffn.convert import match
@@ -151,6 +150,8 @@ class _Made:
     @torch.no_grad()
     def make(self, path: str, config: FFNConfig, shown: torch.Tensor, unseen: torch.Tensor) -> float:
         """Makes an FFN; its mean squared error on tokens that it was not made for."""
+        from safetensors.torch import save_file
+
         dense = self.family.to_dense(self.model, path).eval()
         like = next(dense.parameters())
         new = kind_of(config).module.from_dense(dense, config, shown).to(like.device, like.dtype).eval()
@@ -161,6 +162,8 @@ class _Made:
 
     def load(self, path: str, config: FFNConfig) -> FFN[Any]:
         """An FFN that was made."""
+        from safetensors.torch import load_file
+
         file, fitted = self._files[path, config]
         old = self.model.get_submodule(path)
         parameters = list(self.family.parameters(self.model, path).values())
