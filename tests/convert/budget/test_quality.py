@@ -45,6 +45,10 @@ def test_loss_and_divergence_by_hand(kept: int, monkeypatch: pytest.MonkeyPatch)
     assert now.value == pytest.approx(loss, rel=1e-5) and now.value != meter.dense.value
     assert now.damage == pytest.approx(float(torch.cat(divergences).mean()), rel=1e-3)
     assert model.training
+    # The first sequence alone, and then the second too.
+    for tokens, count in ((5, 1), (13, 2), (36, 4)):
+        part = meter.measure(tokens)
+        assert part.damage == pytest.approx(float(torch.cat(divergences[:count]).mean()), rel=1e-3)
 
 
 def test_similarity_by_hand() -> None:
@@ -67,6 +71,7 @@ def test_similarity_by_hand() -> None:
     now = meter.measure()
     assert now.value == pytest.approx(float(torch.stack(cosines).mean()), rel=1e-5) and now.value < 0.999
     assert now.damage == pytest.approx(1 - now.value)
+    assert meter.measure(3).value == pytest.approx(float(cosines[0]), rel=1e-5)
 
 
 def test_what_a_budget_allows() -> None:

@@ -15,6 +15,8 @@ from fastffn.errors import ConfigError, ConversionError
 
 # Numbers of the dense model's predictions that are kept to compare with: 256 MB.
 KEPT = 2**26
+# Held-out tokens that tell the damage of a change of one FFN: distances from the dense model waver less than losses.
+PROBED = 1024
 
 
 class Quality(NamedTuple):
@@ -104,15 +106,19 @@ class Meter(ABC):
             raise ConversionError(f"The held-out text has {self.tokens} tokens; quality is measured on some thousands.")
 
     @abstractmethod
-    def measure(self) -> Quality:
-        """The model's quality now."""
+    def measure(self, tokens: int | None = None) -> Quality:
+        """The model's quality now; on the sequences that hold the first `tokens`, all if None."""
 
-    def _sequences(self) -> Iterator[dict[str, torch.Tensor]]:
+    def _sequences(self, tokens: int | None) -> Iterator[dict[str, torch.Tensor]]:
         """One at a time: the logits of a batch may be large."""
         device = next(self.model.parameters()).device
+        read = 0
         for batch in self.batches:
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+                if tokens is not None and read >= tokens:
+                    return
                 length = int(mask.sum())
+                read += length
                 # Padding is at the end.
                 yield {
                     "input_ids": ids[None, :length].to(device),
@@ -128,23 +134,23 @@ class LossMeter(Meter):
         positions = max(1, KEPT // model.config.vocab_size)
         self._every = -(-self.tokens // positions)
         self._kept: list[torch.Tensor] = []
-        self._kept, loss = self._run()
+        self._kept, loss = self._run(None)
         self.dense = Quality(loss, 0.0)
 
     @torch.no_grad()
-    def measure(self) -> Quality:
+    def measure(self, tokens: int | None = None) -> Quality:
         """See `Meter.measure`."""
-        now, loss = self._run()
-        pairs = zip(self._kept, now, strict=True)
+        now, loss = self._run(tokens)
+        pairs = zip(self._kept[: len(now)], now, strict=True)
         divergence = sum(float(F.kl_div(new, old, log_target=True, reduction="sum")) for old, new in pairs)
         return Quality(loss, divergence / max(1, sum(map(len, now))))
 
     @torch.no_grad()
-    def _run(self) -> tuple[list[torch.Tensor], float]:
+    def _run(self, tokens: int | None) -> tuple[list[torch.Tensor], float]:
         """Log-probabilities of every so many positions of each sequence; and the loss."""
         kept, loss, scored = [], 0.0, 0
         with evaluating(self.model):
-            for sequence in self._sequences():
+            for sequence in self._sequences(tokens):
                 logits = self.model(**sequence).logits[0, :-1].float()
                 wanted = sequence["input_ids"][0, 1:]
                 loss += float(F.cross_entropy(logits, wanted, reduction="sum"))
@@ -158,17 +164,18 @@ class SimilarityMeter(Meter):
 
     def __init__(self, model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
         super().__init__(model, batches)
-        self._kept = self._run()
+        self._kept = self._run(None)
         self.dense = Quality(1.0, 0.0)
 
-    def measure(self) -> Quality:
+    def measure(self, tokens: int | None = None) -> Quality:
         """See `Meter.measure`."""
-        similarity = float(F.cosine_similarity(self._run(), self._kept, dim=1).mean())
+        now = self._run(tokens)
+        similarity = float(F.cosine_similarity(now, self._kept[: len(now)], dim=1).mean())
         return Quality(similarity, 1 - similarity)
 
     @torch.no_grad()
-    def _run(self) -> torch.Tensor:
+    def _run(self, tokens: int | None) -> torch.Tensor:
         body = getattr(self.model, "base_model", self.model)
         with evaluating(self.model):
-            states = [body(**sequence).last_hidden_state[0].float().mean(0) for sequence in self._sequences()]
+            states = [body(**sequence).last_hidden_state[0].float().mean(0) for sequence in self._sequences(tokens)]
         return torch.stack(states)

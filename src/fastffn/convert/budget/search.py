@@ -20,7 +20,7 @@ from torch import nn
 
 from fastffn.convert import match
 from fastffn.convert.budget.plans import Choice, Plan, plans
-from fastffn.convert.budget.quality import Budget, Meter
+from fastffn.convert.budget.quality import PROBED, Budget, Meter
 from fastffn.convert.budget.report import BudgetReport, Point
 from fastffn.convert.calibration import Batch, check_enough, sample_inputs
 from fastffn.convert.checks import check_ffns, check_model
@@ -194,7 +194,7 @@ def _sensitivity(made: _Made, meter: Meter, path: str, errors: Mapping[FFNConfig
         return 0.0
     probe, error = sorted(errors.items(), key=lambda item: item[1])[len(errors) // 2]
     with made.in_place({path: probe}):
-        damage = meter.measure().damage
+        damage = meter.measure(PROBED).damage
     # Rounding may make a harmless change look like an improvement.
     return max(damage, 0.0) / max(error, torch.finfo(torch.float32).tiny)
 
