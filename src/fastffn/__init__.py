@@ -2,6 +2,7 @@
 
 from fastffn import ops
 from fastffn.convert.api import convert, merge
+from fastffn.convert.budget import Budget, convert_within
 from fastffn.errors import FastFFNError
 from fastffn.nn import (
     BlockConfig,
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockConfig",
     "BlockFFN",
+    "Budget",
     "DenseConfig",
     "DenseFFN",
     "FastFFNError",
@@ -44,6 +46,7 @@ __all__ = [
     "auxiliary_loss",
     "build",
     "convert",
+    "convert_within",
     "merge",
     "ops",
     "use_backend",

@@ -49,6 +49,10 @@ class ConversionError(FastFFNError, ValueError):
     """A model holds nothing that can be converted or merged."""
 
 
+class NothingPaysError(ConversionError):
+    """No conversion makes the model faster on this machine within the budget of quality."""
+
+
 class CheckpointError(FastFFNError, ValueError):
     """A checkpoint is missing, corrupt, or not of the kind that was expected."""
 

@@ -193,3 +193,57 @@ def test_output_in_use_and_a_full_disk(tmp_path, words) -> None:
     done = run("merge", tmp_path / "converted", tmp_path / "new", code=code)
     refused(done, "The disk is full, or files may not grow", f"{tmp_path / 'new'} was not written")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "in", "out"]
+
+
+def budgeted(source: Path, target: Path, words: Path, *more: object):
+    options = ["--calibration", words / "text.txt", "--calibration-tokens", 600, "--held-out-tokens", 400]
+    return call(source, target, *options, *more)
+
+
+def test_within_a_budget(tmp_path, words, monkeypatch) -> None:
+    from fastffn.convert.budget import search
+    from tests.convert.budget.test_search import by_flops
+
+    monkeypatch.setattr(search, "measure_speed", by_flops)
+    source = saved("gpt2", tmp_path / "in", words)
+    result = budgeted(source, tmp_path / "out", words, "--max-loss-increase", "300%", "--ffn", "low_rank,narrow")
+    assert result.exit_code == 0, result.output
+    assert "a loss at most 300 % higher, on 370 held-out tokens:" in result.stdout and "taken" in result.stdout
+    stored = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert stored["held_out_tokens"] == 370 and stored["chosen"]["changed"] == 2
+    assert (tmp_path / "out" / "tradeoff.png").exists()
+    loaded = type(make("gpt2")).from_pretrained(tmp_path / "out")
+    assert len(list(fastffn_modules(loaded))) == 2
+
+    source = saved("roberta-classifier", tmp_path / "encoder", words)
+    result = budgeted(source, tmp_path / "similar", words, "--min-similarity", 0.01, "--layers", 1, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["chosen"]["changed"] == 1
+    result = budgeted(source, tmp_path / "no", words, "--min-similarity", 0.9999999)
+    failed(result, "Nothing pays here", "a similarity of at least 0.9999999")
+    assert not (tmp_path / "no").exists()
+    assert budgeted(source, tmp_path / "no", words, "--min-similarity", 0.9999999, "--force").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--max-loss-increase", "a bit"], ["--max-loss-increase is 'a bit'", "2% or 0.02"]),
+        (["--max-loss-increase", "2%", "--min-similarity", "0.9"], ["give one of them"]),
+        (["--max-loss-increase", "2%", "--rank", "3"], ["leave out --rank"]),
+        (["--max-loss-increase", "2%", "--ffn", "low_rang"], ["Did you mean 'low_rank'?"]),
+        (["--max-loss-increase", "2%", "--held-out-tokens", "0"], ["--held-out-tokens is 0"]),
+        (["--max-loss-increase", "2%", "--calibration-tokens", "100000"], ["nothing is left to measure on"]),
+        (["--ffn", "low_rank", "--force"], ["--force and --speed-at belong to a budget"]),
+        ([], ["Name a kind with --ffn, or a budget"]),
+    ],
+)
+def test_budgets_that_are_refused(options, said, tmp_path, words) -> None:
+    source = saved("gpt2", tmp_path / "in", words)
+    failed(budgeted(source, tmp_path / "out", words, *options), *said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_needs_text(tmp_path, words) -> None:
+    source = saved("gpt2", tmp_path / "in", words)
+    failed(call(source, tmp_path / "out", "--max-loss-increase", "2%"), "A budget needs text", "--calibration")

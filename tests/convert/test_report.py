@@ -52,13 +52,13 @@ def test_counts_are_those_of_the_model(name) -> None:
 
 def test_speeds(monkeypatch) -> None:
     timed = []
-    speed = module._speed
+    speed = module.measure_speed
 
     def counted(dense, ffn, tokens):
         timed.append((dense, ffn, tokens))
         return speed(dense, ffn, tokens)
 
-    monkeypatch.setattr(module, "_speed", counted)
+    monkeypatch.setattr(module, "measure_speed", counted)
     model = make("llama-tied").to(torch.bfloat16).train()
     report = fastffn.convert(model, LowRankConfig(rank=4))
     measured = report.measured(model, tokens=(1, 7))

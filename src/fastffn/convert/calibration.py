@@ -41,7 +41,7 @@ def sample_inputs(
     """
     reservoir = _Reservoir(sample, seed)
     number = -1
-    with _evaluating(model), _listening(model, paths, reservoir), torch.no_grad():
+    with evaluating(model), _listening(model, paths, reservoir), torch.no_grad():
         for number, batch in enumerate(batches):
             _run(model, batch, number, reservoir)
     if not reservoir.seen:
@@ -139,7 +139,7 @@ def _run(model: Any, batch: Batch, number: int, reservoir: _Reservoir) -> None:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Every part of the model in evaluation mode, and back in its own afterwards."""
     before = {module: module.training for module in model.modules()}
     model.eval()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from fastffn.convert.checkpoint import architecture_of, copy_model_files
 from fastffn.convert.files import new_directory, read_json
-from fastffn.convert.report import ConversionReport
 from fastffn.errors import CheckpointError, ConversionError
 
 _log = logging.getLogger(__name__)
@@ -18,15 +17,24 @@ _log = logging.getLogger(__name__)
 STORED = "auto"
 
 
-def convert_checkpoint(
-    source: str, target: Path, change: Callable[[Any, Path], ConversionReport], *, dtype: str = STORED
-) -> ConversionReport:
+class Report(Protocol):
+    """What a conversion has to tell."""
+
+    def save(self, directory: Path) -> None:
+        """Writes it beside the model."""
+
+
+R = TypeVar("R", bound=Report)
+
+
+def convert_checkpoint(source: str, target: Path, change: Callable[[Any, Path], R], *, dtype: str = STORED) -> R:
     """Writes the checkpoint `target`: the model in `source` after `change`, with its tokenizer's files.
 
     Args:
         source: directory of a dense checkpoint, or a name that transformers can load.
         target: directory to create. It appears whole or not at all.
-        change: takes the loaded model and the directory it came from, and replaces FFNs of the model.
+        change: takes the loaded model and the directory it came from, and replaces FFNs of the model. What it returns
+            is saved beside the model.
         dtype: `float32`, `bfloat16`, `float16`, or `auto` for that of the checkpoint.
 
     Returns:
@@ -43,6 +51,7 @@ def convert_checkpoint(
         report = change(model, directory)
         _log.info("writing %s", target)
         model.save_pretrained(partial)
+        report.save(partial)
         copy_model_files(directory, partial)
     return report
 

@@ -6,11 +6,13 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from fastffn.convert.files import write_json
 from fastffn.measure.flops import layer_flops
 from fastffn.measure.timer import alternate
 from fastffn.nn import DenseConfig, FFNConfig
@@ -144,6 +146,10 @@ class ConversionReport:
         """Plain values, for JSON."""
         return {"layers": [layer.to_dict() for layer in self.layers], "all": _named(*self.totals())}
 
+    def save(self, directory: Path) -> None:
+        """Writes `conversion.json`."""
+        write_json(directory / "conversion.json", self.to_dict())
+
     @torch.no_grad()
     def measured(self, model: nn.Module, tokens: Sequence[int] = (1, 256)) -> ConversionReport:
         """The same report with the speed of each replaced FFN, before and after, on this machine.
@@ -164,12 +170,14 @@ class ConversionReport:
             module = model.get_submodule(layer.path)
             key = (layer.dense, layer.config, next(module.parameters()).dtype, next(module.parameters()).device)
             if key not in known:
-                known[key] = tuple(_speed(layer.dense, module, count) for count in tokens)
+                known[key] = tuple(measure_speed(layer.dense, module, count) for count in tokens)
             layers.append(dataclasses.replace(layer, speeds=known[key]))
         return ConversionReport(tuple(layers))
 
 
-def _speed(dense_config: DenseConfig, module: nn.Module, tokens: int) -> LayerSpeed:
+@torch.no_grad()
+def measure_speed(dense_config: DenseConfig, module: nn.Module, tokens: int) -> LayerSpeed:
+    """The speed of an FFN on random tokens `[tokens, D]`, beside a dense one with random weights."""
     like = next(module.parameters())
     with torch.device(like.device):
         dense = kind_of(dense_config).module(dense_config).to(like.dtype).eval()

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastffn.ops import OPS
 from fastffn.ops.dispatch import Op
@@ -56,6 +55,8 @@ def count_flops(run: Callable[[], object], *, causal: bool = True) -> int:
         run: executes once; tensors on device "meta" make it free.
         causal: whether the batched products are causal attention, of which half is needed.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # loads Triton where it is installed
+
     counter = FlopCounterMode(display=False, custom_mapping=_own_formulas())
     with counter:
         run()

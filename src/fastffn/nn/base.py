@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor.parallel import ParallelStyle
     from typing_extensions import Self
 
-    from fastffn.nn.dense import DenseFFN
+    from fastffn.nn.dense import DenseConfig, DenseFFN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,11 @@ class FFNConfig:
     def active_width(self) -> int:
         """Of those, the ones that a token evaluates."""
         return self.total_width
+
+    @classmethod
+    def sizes_for(cls, dense: DenseConfig) -> list[Self]:
+        """Sizes worth trying in the place of an FFN, for a search within a budget of quality; none if not given."""
+        return []
 
     @classmethod
     def own_fields(cls) -> list[str]:

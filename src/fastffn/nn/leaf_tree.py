@@ -131,6 +131,13 @@ class LeafTreeConfig(FFNConfig):
         assert self.leaf_width is not None
         return self.leaf_width + self.shared
 
+    @classmethod
+    def sizes_for(cls, dense: DenseConfig) -> list[Self]:
+        """See `FFNConfig.sizes_for`: 16 leaves, with the shared part three eighths or half of the neurons."""
+        width = dense.total_width
+        sizes = [(width // 4, width // 8), (width // 4, width // 4)] if width >= 64 else []
+        return [cls(depth=4, leaf_width=leaf, shared=shared) for shared, leaf in sizes]
+
     def shared_config(self) -> DenseConfig:
         """Configuration of the part that every token passes."""
         return DenseConfig(

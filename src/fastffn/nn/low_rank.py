@@ -61,6 +61,14 @@ class LowRankConfig(DenseConfig):
             )
         return dataclasses.replace(config, rank=rank)
 
+    @classmethod
+    def sizes_for(cls, dense: DenseConfig) -> list[Self]:
+        """See `FFNConfig.sizes_for`: ranks that cost parts of the dense FFN."""
+        assert dense.d_model and dense.d_hidden and dense.d_out
+        equal = dense.d_model * dense.d_hidden / (dense.d_model + dense.d_hidden)
+        smallest = min(dense.d_model, dense.d_hidden, dense.d_out)
+        return [cls(rank=min(smallest, max(1, round(part * equal)))) for part in (0.25, 0.5, 0.75)]
+
 
 class LowRankLinear(FactorisedLinear):
     """`y = b(a(x))`: a linear map of rank r, without a bias between the factors.

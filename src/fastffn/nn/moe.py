@@ -95,6 +95,14 @@ class MoEConfig(FFNConfig):
         assert self.expert_width is not None
         return self.active * self.expert_width + self.shared
 
+    @classmethod
+    def sizes_for(cls, dense: DenseConfig) -> list[Self]:
+        """See `FFNConfig.sizes_for`: an eighth of the neurons shared, the others in 14 experts of a sixteenth each."""
+        width = dense.total_width
+        shared = width // 8
+        own = -(-(width - shared) // 14)
+        return [cls(experts=14, expert_width=own, active=active, shared=shared) for active in (4, 6) if width >= 64]
+
     def shared_config(self) -> DenseConfig:
         """Configuration of the part that every token passes."""
         return DenseConfig(

@@ -53,6 +53,12 @@ class NarrowConfig(DenseConfig):
             )
         return dataclasses.replace(config, width=width)
 
+    @classmethod
+    def sizes_for(cls, dense: DenseConfig) -> list[Self]:
+        """See `FFNConfig.sizes_for`: parts of the neurons, for good."""
+        width = dense.total_width
+        return [cls(width=max(1, eighths * width // 8), drop=True) for eighths in (2, 3, 4, 5, 6) if width > 1]
+
     @property
     def active_width(self) -> int:
         """See `FFNConfig.active_width`."""
