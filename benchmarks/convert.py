@@ -46,7 +46,7 @@ class Recipe:
 
     Attributes:
         config: the kind.
-        layers: how many, those that mind least; None: all. Those of the first recipe, which has all, are taken.
+        layers: how many, those that mind least; None: all. They are taken from the recipe of the same kind for all.
         distill: whether it is recovered as well.
     """
 
@@ -78,6 +78,8 @@ STUDIES = {
         recipes={
             "narrow 704": Recipe(NarrowConfig(width=704, drop=True), distill=True),
             "narrow 384": Recipe(NarrowConfig(width=384, drop=True)),
+            "narrow 384, 4 layers": Recipe(NarrowConfig(width=384, drop=True), layers=4),
+            "narrow 704, 4 layers": Recipe(NarrowConfig(width=704, drop=True), layers=4),
             "low_rank 128": Recipe(LowRankConfig(rank=128)),
             "moe 4 of 12, 192 shared": Recipe(MoEConfig(experts=12, active=4, shared=192)),
         },
@@ -107,7 +109,7 @@ class Bench:
         self.study, self.directory, self.data, self.work, self.file = STUDIES[model], directory, data, work, results
         self.kept: dict[str, Any] = read_json(results) if results.is_file() else {}
         self._quality: Any = None
-        self._converted: Any = None
+        self._converted: dict[str, Any] = {}
 
     def piece(self, part: str, name: str, make: Callable[[], Any]) -> Any:
         """What is kept under a name, or is made now."""
@@ -164,22 +166,24 @@ class Bench:
 
     def model(self, name: str) -> Any:
         """The model of a recipe."""
-        layers = self.study.recipes[name].layers
+        recipes = self.study.recipes
+        config, layers = recipes[name].config, recipes[name].layers
         if layers is None:
             return self.load(self.student(name))
+        whole = next(other for other, recipe in recipes.items() if recipe.config == config and recipe.layers is None)
         groups = self.sensitivities()
         mildest = sorted(groups, key=lambda group: groups[group]["loss"])[: layers // self.study.together]
         model = self.load(self.directory)
-        self._convert_some(model, [path for group in mildest for path in group.split()])
+        self._convert_some(model, whole, [path for group in mildest for path in group.split()])
         return model
 
-    def _convert_some(self, model: Any, paths: list[str]) -> None:
-        """Puts FFNs of the first recipe's model into the dense `model`."""
-        if self._converted is None:
-            self._converted = self.load(self.student(next(iter(self.study.recipes))))
+    def _convert_some(self, model: Any, recipe: str, paths: list[str]) -> None:
+        """Puts FFNs of a converted model into the dense `model`."""
+        if recipe not in self._converted:
+            self._converted[recipe] = self.load(self.student(recipe))
         family = match.family_of(model.config)
         for path in paths:
-            family.put_in(model, path, self._converted.get_submodule(path))
+            family.put_in(model, path, self._converted[recipe].get_submodule(path))
 
     def batches(self) -> Any:
         """The calibration."""
@@ -213,13 +217,14 @@ class Bench:
         paths = [path for path, _ in match.family_ffns(model, match.family_of(model.config))]
         step = self.study.together
         groups = [paths[start : start + step] for start in range(0, len(paths), step)]
+        self.piece("sensitivity of none", "dense", partial(self._some, []))
         return {
             " ".join(group): self.piece("sensitivity", " ".join(group), partial(self._some, group)) for group in groups
         }
 
     def _some(self, group: list[str]) -> dict[str, float]:
         model = self.load(self.directory)
-        self._convert_some(model, group)
+        self._convert_some(model, next(iter(self.study.recipes)), group)
         if isinstance(self.quality, Perplexity):
             return {"loss": math.log(self.quality.of(model, self.quality.blocks["corpus"][:4]))}
         found = self.quality(model)
