@@ -74,7 +74,7 @@ try:
         Budget(min_similarity=BUDGET),
         calibration=seen,
         held_out=unseen,
-        kinds_to_try=["narrow", "low_rank"],
+        kinds_to_try=["narrow"],
         tokens=256,
     )
     print(report)
