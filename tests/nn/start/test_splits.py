@@ -47,7 +47,9 @@ def test_few_tokens_are_led_by_all() -> None:
     assert goes_right(x[:4], decision).sum() in (2, 3)  # the median itself may go either way
 
 
-@pytest.mark.parametrize("case", ["no token", "one token", "seven identical tokens", "identical needs", "all identical", "all zero"])
+@pytest.mark.parametrize(
+    "case", ["no token", "one token", "seven identical tokens", "identical needs", "all identical", "all zero"]
+)
 def test_nothing_to_part(case: str) -> None:
     x = rows(300)
     if case.startswith("seven"):

@@ -56,9 +56,7 @@ def start_leaf_tree(tree: LeafTreeFFN, dense: DenseFFN, inputs: torch.Tensor) ->
             bias = torch.zeros(config.leaf_width) if linear.bias is None else columns(linear.bias[None], chosen)[0]
             getattr(tree, f"leaf_{name}_bias")[leaf] = bias
         features = columns(hidden[tokens], chosen)
-        weight, bias = refit_with_bias(
-            features, wanted[tokens], columns(dense.down.weight, chosen), for_few(features)
-        )
+        weight, bias = refit_with_bias(features, wanted[tokens], columns(dense.down.weight, chosen), for_few(features))
         tree.leaf_down_weight[leaf], tree.leaf_down_bias[leaf] = weight, bias
 
 

@@ -3,7 +3,7 @@
 1. the neurons that do most for all tokens go into the shared part
 2. tree after tree, node after node: a neuron in the direction that tells most about what is left over on the
 tokens that arrive, with the weights out that explain most of it
-3. all weights together are trained on the dense FFN's outputs, two hundred steps
+3. all weights together are trained on the dense FFN's outputs, for a few seconds
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastffn.ops.activations import get_activation
 if TYPE_CHECKING:
     from fastffn.nn.neuron_tree import NeuronTreeFFN
 
-STEPS = 200
+STEPS = 150
 BATCH = 512
 RATE = 4e-3
 # Outputs of neurons are told apart by this many mixtures of them.
@@ -48,9 +48,7 @@ def start_neuron_tree(ffn: NeuronTreeFFN, dense: DenseFFN, inputs: torch.Tensor)
     _train(ffn, inputs, wanted)
 
 
-def _grow(
-    ffn: NeuronTreeFFN, tree: int, inputs: torch.Tensor, left: torch.Tensor, split: Splitter
-) -> torch.Tensor:
+def _grow(ffn: NeuronTreeFFN, tree: int, inputs: torch.Tensor, left: torch.Tensor, split: Splitter) -> torch.Tensor:
     """Sets the nodes of one tree; what is then left over, `[S, O]`."""
     act = get_activation(ffn.config.activation)
     generator = torch.Generator().manual_seed(tree)
