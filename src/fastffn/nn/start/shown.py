@@ -59,7 +59,7 @@ def start_module(
     if config.shared > dense.config.total_width:
         raise ConfigError(f"shared is {config.shared}; the dense FFN has only {dense.config.total_width} neurons.")
     dense.check_input(inputs)
-    # A new module draws numbers: always the same ones, and the caller's next ones stay what they were.
+    # A new module draws numbers: always the same ones, and those that the caller draws next stay what they were.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(0)
         ffn = module(config).eval()
