@@ -108,6 +108,7 @@ def test_table_dtype_and_speeds(tmp_path, words, monkeypatch) -> None:
         (["--ffn", "low_rank", "--calibration", "nothing.txt"], "nothing.txt does not exist"),
         (["--ffn", "low_rank", "--calibration", "TEXT", "--calibration-tokens", "0"], "must be at least 1"),
         (["--ffn", "low_rank", "--calibration", "TEXT", "--calibration-tokens", "9"], "has 9 tokens"),
+        (["--ffn", "low_rank", "--calibration", "TEXT", "--calibration-sequence", "3"], "must be at least 4"),
         (["--ffn", "low_rank", "--dtype", "int8"], "int8"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -117,6 +118,28 @@ def test_refused(options, said, tmp_path, words) -> None:
     options = [str(words / "text.txt") if option == "TEXT" else option for option in options]
     failed(call(source, tmp_path / "out", *options), said)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_length_of_calibration_sequences(tmp_path, words, monkeypatch) -> None:
+    """What the option says, never more than the model has positions."""
+    import fastffn.data.batches
+
+    lengths = []
+    whole = fastffn.data.batches.text_batches
+
+    def counted(*arguments, **named):
+        for batch in whole(*arguments, **named):
+            lengths.append(batch["input_ids"].shape[1])
+            yield batch
+
+    monkeypatch.setattr(fastffn.data.batches, "text_batches", counted)
+    source = saved("gpt2", tmp_path / "in", words)
+    options = ["--ffn", "low_rank", "--calibration", words / "text.txt", "--calibration-tokens", 300]
+    for number, (asked, got) in enumerate({10: 10, 5000: make("gpt2").config.max_position_embeddings - 2}.items()):
+        result = call(source, tmp_path / f"out{number}", *options, "--calibration-sequence", asked)
+        assert result.exit_code == 0, result.exception
+        assert max(lengths) == got, lengths
+        lengths.clear()
 
 
 LOW_RANK = ["--ffn", "low_rank", "--rank", "5"]

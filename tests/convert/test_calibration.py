@@ -49,6 +49,18 @@ def test_all_tokens_where_they_fit(name) -> None:
     assert all(torch.equal(tensors[path], found[path]) for path in paths)
 
 
+def test_a_text_is_read_without_the_head() -> None:
+    model = make("gpt2")
+    called = []
+    model.lm_head.register_forward_hook(lambda *_: called.append(True))
+    ids = tokens(2)
+    for batch in (ids, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
+        sample_inputs(model, PATHS, [batch])
+    assert not called
+    sample_inputs(model, PATHS, [{"input_ids": ids, "labels": ids}])
+    assert called
+
+
 def test_padding_is_left_out() -> None:
     model = make("bert")
     ids, mask = tokens(3), torch.ones(3, 16, dtype=torch.long)

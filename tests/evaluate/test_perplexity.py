@@ -84,6 +84,18 @@ def test_every_format_and_documents(model, tokenizer, tmp_path, monkeypatch) -> 
     assert one["words"] == 5 * (9 * 6 + 1)
 
 
+def test_long_windows_go_in_smaller_batches(model, text, monkeypatch) -> None:
+    """Logits of 8 windows of 8,192 tokens and a vocabulary of 50,000 would be 13 GB."""
+    from fastffn.evaluate import perplexity
+
+    seen, nll = [], perplexity._nll
+    monkeypatch.setattr(perplexity, "_nll", lambda *given: seen.append(given[4]) or nll(*given))
+    for most, expected in ((8192, 8), (100, 3), (10, 1)):
+        monkeypatch.setattr(perplexity, "_TOKENS", most)
+        evaluate_perplexity(model, str(text))
+        assert seen.pop() == expected
+
+
 @pytest.mark.parametrize("length", range(2, 40))
 @pytest.mark.parametrize(("context", "stride"), [(8, 4), (8, 7), (8, 1), (5, 3)])
 def test_every_token_is_scored_once(length, context, stride) -> None:

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from fastffn.convert.report import ConversionReport
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-# Longer sequences cost attention and show an FFN nothing new.
-_SEQUENCE = 512
 
 
 @click.command(name="convert")
@@ -39,6 +37,9 @@ _SEQUENCE = 512
 @click.option("--force", is_flag=True, help="Write the least harmful change if none keeps the budget.")
 @click.option("--calibration", metavar="TEXT", help="File, folder, glob, data set name or directory, or python-docs.")
 @click.option("--calibration-tokens", type=int, default=16384, show_default=True, help="How much of it to read.")
+@click.option(
+    "--calibration-sequence", type=int, default=512, show_default=True, help="Tokens in a sequence of it at most."
+)
 @click.option("--layers", help="Numbers of the FFNs to replace, from 0, such as 0-5,11.  [default: all]")
 @click.option(
     "--filter", "patterns", multiple=True, metavar="GLOB", help="Replace FFNs whose path matches; may repeat."
@@ -57,6 +58,7 @@ def command(
     force: bool,
     calibration: str | None,
     calibration_tokens: int,
+    calibration_sequence: int,
     layers: str | None,
     patterns: tuple[str, ...],
     dtype: str | None,
@@ -89,6 +91,8 @@ def command(
     for name, tokens in (("calibration", calibration_tokens), ("held-out", held_out_tokens)):
         if tokens < 1:
             raise ConfigError(f"--{name}-tokens is {tokens}; it must be at least 1.")
+    if calibration_sequence < 4:
+        raise ConfigError(f"--calibration-sequence is {calibration_sequence}; it must be at least 4.")
     transformers_logging.disable_progress_bar()  # for each checkpoint read or written: it would tear our lines apart
 
     change: Callable[[Any, Path], Any]
@@ -103,7 +107,9 @@ def command(
         def change(model: Any, directory: Path) -> ConversionReport:
             # What is wrong with the layers is said before the text is read.
             chosen = layers_and_patterns(model, layers, patterns)
-            batches = None if calibration is None else _batches(model, directory, calibration, calibration_tokens)
+            batches = None
+            if calibration is not None:
+                batches = _batches(model, directory, calibration, calibration_tokens, calibration_sequence)
             report = convert(model, config, calibration=batches, filter=chosen)
             return report.measured(model) if measure else report
 
@@ -116,7 +122,8 @@ def command(
 
         def change(model: Any, directory: Path) -> BudgetReport:
             chosen = layers_and_patterns(model, layers, patterns)
-            batches = list(_batches(model, directory, calibration, calibration_tokens + held_out_tokens))
+            count = calibration_tokens + held_out_tokens
+            batches = list(_batches(model, directory, calibration, count, calibration_sequence))
             shown, held_out = _parted(batches, calibration_tokens)
             report = convert_within(
                 model,
@@ -179,7 +186,7 @@ def _parted(batches: list[dict[str, Any]], calibration_tokens: int) -> tuple[lis
     return shown, held_out
 
 
-def _batches(model: Any, directory: Path, data: str, tokens: int) -> Iterator[Any]:
+def _batches(model: Any, directory: Path, data: str, tokens: int, sequence: int) -> Iterator[Any]:
     """The calibration text as the model reads it, counted on the screen."""
     from fastffn.data.batches import text_batches
     from fastffn.data.text import find_text
@@ -193,8 +200,8 @@ def _batches(model: Any, directory: Path, data: str, tokens: int) -> Iterator[An
             "not belong together."
         )
     # Two positions less than there are: RoBERTa's begin at 2.
-    limit = (getattr(model.config, "max_position_embeddings", None) or _SEQUENCE + 2) - 2
-    batches = text_batches(source, tokenizer, sequence=min(_SEQUENCE, limit), tokens=tokens)
+    limit = (getattr(model.config, "max_position_embeddings", None) or sequence + 2) - 2
+    batches = text_batches(source, tokenizer, sequence=min(sequence, limit), tokens=tokens)
     return _counted(batches, tokens)
 
 

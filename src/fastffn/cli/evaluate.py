@@ -36,7 +36,7 @@ def command() -> None:
 @click.option("--tokenizer", help="Directory or hub name.  [default: the model's own]")
 @click.option("--context", type=int, help="Tokens that the model sees at once.  [default: as many as it can]")
 @click.option("--stride", type=int, help="Tokens between windows, each scored once.  [default: half the context]")
-@click.option("--batch", type=int, default=8, show_default=True, help="Windows at a time.")
+@click.option("--batch", type=int, help="Windows at a time.  [default: 8, fewer where they are long]")
 @json_option
 def perplexity(
     model: Path,
@@ -47,7 +47,7 @@ def perplexity(
     tokenizer: str | None,
     context: int | None,
     stride: int | None,
-    batch: int,
+    batch: int | None,
     as_json: bool,
 ) -> None:
     """Perplexity of the language model MODEL on a text: per token, per word, and bits per byte.

@@ -16,6 +16,9 @@ SAMPLE = 8192
 
 Batch = Mapping[str, Any] | torch.Tensor
 
+# What the part of a model below its head takes as well.
+_TEXT = {"input_ids", "attention_mask", "token_type_ids"}
+
 
 def sample_inputs(
     model: Any, paths: Sequence[str], batches: Iterable[Batch], *, sample: int = SAMPLE, seed: int = 0
@@ -121,8 +124,8 @@ def _run(model: Any, batch: Batch, number: int, reservoir: _Reservoir) -> None:
     reservoir.begin(mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None)
     device = next(model.parameters()).device
     moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-    # Token numbers alone need no head, whose logits may cost as much as all FFNs.
-    called = model if isinstance(batch, Mapping) else getattr(model, "base_model", model)
+    # A text alone needs no head, whose logits may cost as much as all FFNs.
+    called = getattr(model, "base_model", model) if set(inputs) <= _TEXT else model
     try:
         called(**moved)
     except FastFFNError:

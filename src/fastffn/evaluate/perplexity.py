@@ -26,6 +26,9 @@ from fastffn.errors import ConfigError, DataError
 from fastffn.evaluate.load import load_language_model, model_config
 from fastffn.measure.machine import describe_machine
 
+# At a time: their logits, one for each token of the vocabulary, are gigabytes where windows are long.
+_TOKENS = 8192
+
 
 def evaluate_perplexity(
     model: str | Path,
@@ -37,7 +40,7 @@ def evaluate_perplexity(
     tokenizer: str | None = None,
     context: int | None = None,
     stride: int | None = None,
-    batch: int = 8,
+    batch: int | None = None,
 ) -> dict[str, Any]:
     """Perplexity of the model in a directory.
 
@@ -47,7 +50,7 @@ def evaluate_perplexity(
         tokenizer: directory or hub name; None: the model's own.
         context: tokens in a window; None: as many as the model can take.
         stride: tokens between windows; None: half the context.
-        batch: windows at a time.
+        batch: windows at a time; None: 8, or as many as make 8,192 tokens where that is less.
 
     Returns:
         `token_perplexity`, `word_perplexity`, `bits_per_byte`, `nll` (nats in all), the counts, and what was used.
@@ -80,6 +83,8 @@ def evaluate_perplexity(
         raise ConfigError(f"context is {context}; it must be from 2 to {limit or 'any number'}, what the model takes.")
     if not 1 <= stride < context:
         raise ConfigError(f"stride is {stride}; it must be from 1 to context - 1 = {context - 1}.")
+    if batch is None:
+        batch = max(1, min(8, _TOKENS // context))
     if batch < 1:
         raise ConfigError(f"batch is {batch}; it must be at least 1.")
 

@@ -138,6 +138,7 @@ def test_kinds_and_layers_that_are_asked_for() -> None:
     model = make("gpt2")
     report = within(model, Budget(max_loss_increase=50.0), kinds_to_try=["narrow"], filter="transformer.h.1.mlp")
     assert kinds_in(model) == ["NarrowFFN"]
+    assert "transformer.h.1.mlp: narrow" in str(report) and "times as fast together" in str(report)
     assert [layer.reason for layer in report.conversion.layers] == ["not selected", None]
     assert isinstance(report.conversion.layers[1].config, NarrowConfig)
 

@@ -48,6 +48,12 @@ class BudgetReport:
             **self.conversion.to_dict(),
         }
 
+    def __str__(self) -> str:
+        return (
+            f"{self.conversion}\nFFNs {self.speed(self.chosen):.2f} times as fast together; measured "
+            f"{self.chosen.quality.value:.4f}, dense {self.curve[0].quality.value:.4f}, allowed: {self.budget}"
+        )
+
     def _row(self, point: Point) -> dict[str, Any]:
         return {
             "changed": point.plan.changed,
