@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments, pipeline
 import fastffn
 import fastffn.hf
 from fastffn.convert.match import fastffn_modules
-from fastffn.errors import CheckpointError
+from fastffn.errors import CheckpointError, KindError
 from tests.convert.models import (
     CAUSAL,
     KINDS,
