@@ -78,3 +78,15 @@ def test_pruning_to_one_leaf_beats_dropping_neurons() -> None:
     wanted = dense(held_out)
     of_dropped = (wanted - dropped).var(0).sum()
     assert float(((ffn(held_out) - wanted).square().mean(0).sum() / of_dropped).detach()) < 0.3
+
+
+def test_an_empty_leaf_is_made_for_all_tokens() -> None:
+    """Its mean output on them is the mean of what is wanted."""
+    dense, x = dense_ffn(), torch.randn(3, D)
+    ffn = LeafTreeFFN.from_dense(dense, LeafTreeConfig(depth=3, leaf_width=6), x)
+    empty = sorted(set(range(8)) - set(ffn.path(x).leaf.tolist()))
+    assert len(empty) >= 5
+    for leaf in empty:
+        hidden = torch.nn.functional.silu(x @ ffn.leaf_up_weight[leaf].T + ffn.leaf_up_bias[leaf])
+        y = hidden @ ffn.leaf_down_weight[leaf].T + ffn.leaf_down_bias[leaf]
+        torch.testing.assert_close(y.mean(0), dense(x).mean(0), rtol=1e-3, atol=1e-4)

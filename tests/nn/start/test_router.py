@@ -14,8 +14,9 @@ def chosen(weight: torch.Tensor, x: torch.Tensor, active: int) -> torch.Tensor:
 def test_finds_planted_gains(active: int) -> None:
     true = torch.randn(8, 20)
     x = torch.randn(3000, 20)
-    x[:, 3] *= 100  # inputs differ in size
-    true[:, 3] /= 100
+    # Inputs differ in size.
+    size = torch.logspace(-3, 3, 20)
+    x, true = x * size, true / size
     gain = (2 * x @ true.T / 20**0.5).exp()
     found = fit_router(x[:2000], gain[:2000], active)
     held_out, best = gain[2000:], gain[2000:].topk(active, 1).values.sum(1)

@@ -66,8 +66,9 @@ def test_dtype_mode_and_the_dense_ffn_stay(config: FFNConfig, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("config", CASES)
-def test_the_same_twice_whatever_random_numbers_come_next(config: FFNConfig) -> None:
-    dense, x = dense_ffn(), torch.randn(300, D)
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_the_same_twice_whatever_random_numbers_come_next(config: FFNConfig, tokens: int) -> None:
+    dense, x = dense_ffn(), torch.randn(tokens, D)
     torch.manual_seed(1)
     one = start(dense, config, x)
     drawn = torch.rand(3)
