@@ -29,7 +29,11 @@ OPTIONS = {
 }
 
 # Fields of a kind whose defaults are made for real models: small ones, so that all of this takes seconds.
-SMALL = {"neuron_tree": {"depth": 2, "trees": 3}}
+SMALL = {
+    "leaf_tree": {"depth": 2, "leaf_width": 4},
+    "moe": {"experts": 4, "expert_width": 6},
+    "neuron_tree": {"depth": 2, "trees": 3},
+}
 
 
 def config_of(name: str, **changes) -> FFNConfig:
