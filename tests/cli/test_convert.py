@@ -150,6 +150,8 @@ def test_sources_that_are_none(tmp_path, words) -> None:
     failed(call(tmp_path / "nowhere", tmp_path / "out", *LOW_RANK), "not a directory")
     failed(call("nobody/nothing", tmp_path / "out", *LOW_RANK), "neither a directory nor a model that can be loaded")
     failed(call(words / "text.txt", tmp_path / "out", *LOW_RANK), "not a directory")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    failed(call(tmp_path / "a.gguf", tmp_path / "out", *LOW_RANK), "GGUF file", "dequantize=True")
     (tmp_path / "run" / "stage2").mkdir(parents=True)
     failed(call(tmp_path / "run", tmp_path / "out", *LOW_RANK), "Did you mean", "stage2")
     assert call(source, tmp_path / "converted", *LOW_RANK).exit_code == 0

@@ -119,6 +119,13 @@ def test_factorised_models_load(model, text) -> None:
     assert (before["context"], before["stride"]) == (32, 16)
 
 
+def test_encoders_are_refused(model, text) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
+    with pytest.raises(CheckpointError, match="is a BertModel, no causal language model"):
+        evaluate_perplexity(model, str(text))
+
+
 def test_what_is_refused(model, text, tmp_path, data_dir) -> None:
     with pytest.raises(CheckpointError, match="not a directory"):
         evaluate_perplexity(tmp_path / "nothing", str(text))

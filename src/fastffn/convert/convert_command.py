@@ -65,6 +65,11 @@ def checkpoint_directory(source: str) -> Path:
     from transformers.utils.hub import cached_file
 
     directory = Path(source).expanduser()
+    if directory.suffix == ".gguf" and directory.is_file():
+        raise CheckpointError(
+            f"{source} is a GGUF file, whose weights are quantised. Write it as an ordinary checkpoint first, in "
+            "float32: docs/convert.md says how (GgufConfig(dequantize=True))."
+        )
     if directory.is_dir():
         if not (directory / "config.json").exists() and (directory / "stage2").is_dir():
             raise CheckpointError(f"{source} is a run, not a model. Did you mean {directory / 'stage2'}?")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fastffn.data.text import DOCUMENT_SEPARATOR, find_text
 from fastffn.data.tokenise import encoded_pieces
 from fastffn.data.tokenizer import fits_vocabulary, load_tokenizer
-from fastffn.errors import ConfigError, DataError
+from fastffn.errors import CheckpointError, ConfigError, DataError
 from fastffn.evaluate.load import load_language_model, model_config
 from fastffn.measure.machine import describe_machine
 
@@ -61,9 +61,16 @@ def evaluate_perplexity(
         ConfigError: context or stride are out of range.
     """
     import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     directory = Path(model)
     config_json = model_config(directory)
+    names = config_json.get("architectures") or []
+    if names and names[0] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise CheckpointError(
+            f"{directory} is a {names[0]}, no causal language model: perplexity is theirs. How far a converted encoder "
+            "is from its original, `fastffn distill` reports."
+        )
     source = find_text(data, split=split, column=column, separator=separator)
     words = load_tokenizer(tokenizer or str(directory))
     size = config_json.get("vocab_size")

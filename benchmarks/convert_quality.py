@@ -1,0 +1,92 @@
+"""What a converted model is worth beside its original: sentence embeddings, or perplexity."""
+
+from __future__ import annotations
+
+import lzma
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+
+class Sentences:
+    """STS-B's dev set: rank correlation with what people say, and closeness to the original's embeddings.
+
+    Args:
+        directory: of the original.
+        data: the folder that FASTFFN_DATA_DIR names.
+        original: the dense model.
+    """
+
+    def __init__(self, directory: Path, data: Path, original: Any) -> None:
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        with lzma.open(data / "glue/STS-B/dev.tsv.xz", "rt", encoding="utf-8") as file:
+            rows = [line.rstrip("\n").split("\t") for line in file][1:]
+        self.texts = [row[7] for row in rows] + [row[8] for row in rows]
+        self.scores = [float(row[9]) for row in rows]
+        self.original = self._embeddings(original)
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        """`spearman` (times 100, as usual) and `cosine`, the mean over all sentences."""
+        from scipy.stats import spearmanr
+
+        found = self._embeddings(model)
+        first, second = found.chunk(2)
+        return {
+            "spearman": 100 * float(spearmanr((first * second).sum(1), self.scores).statistic),
+            "cosine": float((found * self.original).sum(1).mean()),
+        }
+
+    @torch.no_grad()
+    def _embeddings(self, model: Any) -> torch.Tensor:
+        """Mean-pooled, of length 1: `[sentences, D]`; sentences of like length go together."""
+        order = sorted(range(len(self.texts)), key=lambda number: len(self.texts[number]))
+        parts = []
+        for start in range(0, len(order), 64):
+            texts = [self.texts[number] for number in order[start : start + 64]]
+            batch = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=128)
+            mask = batch["attention_mask"].unsqueeze(2)
+            hidden = model(**batch).last_hidden_state
+            parts.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1))
+        return torch.cat(parts)[torch.tensor(order).argsort()]
+
+
+class Perplexity:
+    """Perplexity of the first tokens of WikiText-2's test set and of a corpus held out.
+
+    Args:
+        directory: of the original, for its tokenizer.
+        data: the folder that FASTFFN_DATA_DIR names.
+        tokens: of each text, in blocks of `block` that see nothing of each other.
+        block: tokens in a block.
+    """
+
+    TEXTS = (("wikitext2", "wikitext-2/test.txt.xz"), ("corpus", "corpus/valid.txt.xz"))
+
+    def __init__(self, directory: Path, data: Path, tokens: int = 4096, block: int = 512) -> None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.blocks = {}
+        for name, file in self.TEXTS:
+            with lzma.open(data / file, "rt", encoding="utf-8") as lines:
+                text = lines.read(8 * tokens)
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            self.blocks[name] = torch.tensor(ids[:tokens]).view(-1, block)
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        """Of both texts."""
+        return {name: self.of(model, blocks) for name, blocks in self.blocks.items()}
+
+    @torch.no_grad()
+    def of(self, model: Any, blocks: torch.Tensor) -> float:
+        """Perplexity of `blocks [n, T]`."""
+        total = 0.0
+        for part in blocks.split(4):
+            logits = model(input_ids=part, use_cache=False).logits[:, :-1]
+            total += float(F.cross_entropy(logits.flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum"))
+        return math.exp(total / blocks[:, 1:].numel())
