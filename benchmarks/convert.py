@@ -7,12 +7,17 @@
 Three parts: `quality` (dense, int8, each recipe after conversion and, for some, after `--minutes` of distillation),
 `sensitivity` (a few layers converted at a time) and `speed`. Pieces that are done are kept: the same command goes on.
 Texts come from the folder that FASTFFN_DATA_DIR names. Writes `benchmarks/results/convert/<MODEL>-<NAME>.json`.
+
+Measure speed with `MALLOC_TRIM_THRESHOLD_=2000000000 MALLOC_MMAP_THRESHOLD_=2000000000` in the environment: glibc else
+gives the dense model's larger hidden activations back to the system after each call, and page faults flatter whatever
+is narrower.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -80,6 +85,8 @@ STUDIES = {
             "narrow 384": Recipe(NarrowConfig(width=384, drop=True)),
             "narrow 384, 4 layers": Recipe(NarrowConfig(width=384, drop=True), layers=4),
             "narrow 704, 4 layers": Recipe(NarrowConfig(width=704, drop=True), layers=4),
+            "narrow 576": Recipe(NarrowConfig(width=576, drop=True)),
+            "narrow 576, 5 layers": Recipe(NarrowConfig(width=576, drop=True), layers=5),
             "low_rank 128": Recipe(LowRankConfig(rank=128)),
             "moe 4 of 12, 192 shared": Recipe(MoEConfig(experts=12, active=4, shared=192)),
         },
@@ -109,6 +116,7 @@ class Bench:
         self.study, self.directory, self.data, self.work, self.file = STUDIES[model], directory, data, work, results
         self.kept: dict[str, Any] = read_json(results) if results.is_file() else {}
         self._quality: Any = None
+        self._train: Any = None  # layers are not chosen by what the models are measured on
         self._converted: dict[str, Any] = {}
 
     def piece(self, part: str, name: str, make: Callable[[], Any]) -> Any:
@@ -118,6 +126,7 @@ class Bench:
             begun = time.monotonic()
             found[name] = make()
             self.kept["machine"] = describe_machine()
+            self.kept["malloc"] = {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")}
             write_json(self.file, self.kept)
             print(f"{part}: {name} ({time.monotonic() - begun:.0f} s): {found[name]}", flush=True)
         return found[name]
@@ -207,7 +216,7 @@ class Bench:
         if not results["complete"]:
             sys.exit(f"{minutes} minutes were not enough; the same command goes on.")
         record = results["stages"]["student"]
-        return {key: results[key] for key in ("complete", "config", "before")} | {
+        return {"before": results["before"], **self.study.distill} | {
             key: record[key] for key in ("steps", "tokens", "own_seconds", "held_out")
         }
 
@@ -227,8 +236,10 @@ class Bench:
         self._convert_some(model, next(iter(self.study.recipes)), group)
         if isinstance(self.quality, Perplexity):
             return {"loss": math.log(self.quality.of(model, self.quality.blocks["corpus"][:4]))}
-        found = self.quality(model)
-        return {"loss": 1 - found["cosine"], **found}
+        if self._train is None:
+            self._train = Sentences(self.directory, self.data, self.load(self.directory), "train")
+        found = self._train(model)
+        return {"loss": -found["spearman"], **found}
 
     def speeds(self, rounds: int) -> None:
         """FFNs alone, and end to end; against the dense model as it is, by oneDNN, and in int8."""

@@ -12,20 +12,21 @@ from torch.nn import functional as F
 
 
 class Sentences:
-    """STS-B's dev set: rank correlation with what people say, and closeness to the original's embeddings.
+    """A part of STS-B: rank correlation with what people say, and closeness to the original's embeddings.
 
     Args:
         directory: of the original.
         data: the folder that FASTFFN_DATA_DIR names.
         original: the dense model.
+        part: `dev`, or `train`, of which the first 1,500 pairs are taken, as many as dev has.
     """
 
-    def __init__(self, directory: Path, data: Path, original: Any) -> None:
+    def __init__(self, directory: Path, data: Path, original: Any, part: str = "dev") -> None:
         from transformers import AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        with lzma.open(data / "glue/STS-B/dev.tsv.xz", "rt", encoding="utf-8") as file:
-            rows = [line.rstrip("\n").split("\t") for line in file][1:]
+        with lzma.open(data / f"glue/STS-B/{part}.tsv.xz", "rt", encoding="utf-8") as file:
+            rows = [line.rstrip("\n").split("\t") for line in file][1:1501]
         self.texts = [row[7] for row in rows] + [row[8] for row in rows]
         self.scores = [float(row[9]) for row in rows]
         self.original = self._embeddings(original)

@@ -100,16 +100,16 @@ def prompt_calls(models: Mapping[str, Any], sequences: int, length: int = 32) ->
     return {name: partial(model, input_ids=ids, logits_to_keep=1, use_cache=True) for name, model in models.items()}
 
 
-def decode_calls(models: Mapping[str, Any], tokens: int = 24, context: int = 32) -> dict[str, Callable[[], object]]:
-    """Each model writes `tokens` tokens greedily after a prompt of `context`."""
+@torch.no_grad()
+def decode_calls(models: Mapping[str, Any], tokens: int = 8, context: int = 32) -> dict[str, Callable[[], object]]:
+    """Each model writes `tokens` tokens greedily after a prompt of `context` that it has read already."""
     prompt = torch.randint(1000, 20000, (1, context))
-    return {name: partial(_decode, model, prompt, tokens) for name, model in models.items()}
+    caches = {name: model(input_ids=prompt, use_cache=True).past_key_values for name, model in models.items()}
+    return {name: partial(_decode, model, caches[name], tokens) for name, model in models.items()}
 
 
-def _decode(model: Any, prompt: torch.Tensor, tokens: int) -> torch.Tensor:
-    output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    found = [output.logits[:, -1:].argmax(-1)]
-    while len(found) < tokens:
-        output = model(input_ids=found[-1], past_key_values=output.past_key_values, use_cache=True)
-        found.append(output.logits[:, -1:].argmax(-1))
-    return torch.cat(found, 1)
+def _decode(model: Any, cache: Any, tokens: int) -> None:
+    token = torch.full((1, 1), 1000)
+    for _ in range(tokens):
+        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    cache.crop(-tokens)
