@@ -84,10 +84,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "block": {"blocks": 2},
     "leaf_tree": {"depth": 2},
     "low_rank": {"rank": 5},
-    "moe": {"experts": 4, "active": 2},
+    "moe": {"experts": 4, "active": 2, "shared": 4},
     "neuron_tree": {"depth": 2, "trees": 3},
 }
 KINDS = list(kinds())
+# Kinds that cannot start from weights alone.
+NEED_TOKENS = {"leaf_tree", "moe", "neuron_tree"}
 
 
 def make(name: str) -> Any:

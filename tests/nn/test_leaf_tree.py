@@ -24,7 +24,11 @@ def tree(**fields) -> LeafTreeFFN:
 def leaf_outputs(ffn: LeafTreeFFN, x: torch.Tensor) -> torch.Tensor:
     """Every leaf's output for every token, `[T, L, O]`: nothing of this is in the library."""
     act = fastffn.ops.activations.get_activation(ffn.config.activation)
-    hidden = act(torch.einsum("td,lwd->tlw", x, ffn.leaf_up_weight) + ffn.leaf_up_bias)
+    hidden = torch.einsum("td,lwd->tlw", x, ffn.leaf_up_weight) + ffn.leaf_up_bias
+    if ffn.config.gated:
+        hidden = act(torch.einsum("td,lwd->tlw", x, ffn.leaf_gate_weight) + ffn.leaf_gate_bias) * hidden
+    else:
+        hidden = act(hidden)
     return torch.einsum("tlw,low->tlo", hidden, ffn.leaf_down_weight) + ffn.leaf_down_bias
 
 
@@ -56,6 +60,55 @@ def test_state_dict_is_the_documented_format() -> None:
         "shared.down.weight": (5, 4),
         "shared.down.bias": (5,),
     }
+
+
+def test_gated_state_dict() -> None:
+    names = {k: tuple(v.shape) for k, v in tree(depth=3, leaf_width=2, shared=4, gated=True).state_dict().items()}
+    plain = tree(depth=3, leaf_width=2, shared=4).state_dict()
+    assert {k: names[k] for k in set(names) - set(plain)} == {
+        "leaf_gate_weight": (8, 2, 6),
+        "leaf_gate_bias": (8, 2),
+        "shared.gate.weight": (4, 6),
+        "shared.gate.bias": (4,),
+    }
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("decisions", ["soft", "hard", "straight_through"])
+def test_gated_leaves_and_gradients(depth, decisions) -> None:
+    ffn = tree(depth=depth, d_out=4, gated=True, activation="silu", shared=3, decisions=decisions).double()
+    x = torch.randn(30, 6, dtype=torch.float64, requires_grad=True)
+    probe = torch.randn(30, 4, dtype=torch.float64)
+    leaves, path = leaf_outputs(ffn, x), ffn.path(x)
+    if decisions == "soft":
+        mixed = torch.einsum("tl,tlo->to", ffn.leaf_weights(x), leaves)
+    else:
+        mixed = leaves[torch.arange(30), path.leaf]
+        if decisions == "straight_through":
+            scores = ffn.node_scores(x).gather(1, path.nodes)
+            side = torch.where(scores >= 0, scores.sigmoid(), 1 - scores.sigmoid())
+            mixed = mixed * (1 + side - side.detach()).prod(1, keepdim=True)
+    wanted, y = mixed + ffn.shared(x), ffn(x)
+    torch.testing.assert_close(y, wanted)
+    inputs = [x, *ffn.parameters()]
+    found = torch.autograd.grad((y * probe).sum(), inputs, allow_unused=True)
+    for one, other in zip(found, torch.autograd.grad((wanted * probe).sum(), inputs, allow_unused=True), strict=True):
+        if other is None or one is None:
+            assert not any(value is not None and value.any() for value in (one, other))
+        else:
+            torch.testing.assert_close(one, other)
+    hard = leaves[torch.arange(30), path.leaf] + ffn.shared(x)
+    torch.testing.assert_close(ffn.eval()(x), hard)
+
+
+def test_leaf_dropout_of_gated_leaves() -> None:
+    ffn = tree(d_model=6, d_out=1, depth=1, leaf_width=500, leaf_dropout=0.4, activation="linear", gated=True)
+    with torch.no_grad():
+        for name, value in ffn.named_parameters():
+            if name.startswith("leaf"):
+                value.fill_(1.0 if name in ("leaf_up_bias", "leaf_gate_bias", "leaf_down_weight") else 0.0)
+    y = ffn(torch.randn(200, 6)).detach()
+    assert y.std() > 5 and float(y.mean()) == pytest.approx(500, rel=0.02)
 
 
 def test_tree_by_hand() -> None:
@@ -345,9 +398,10 @@ def test_checkpointing_counts_once(decisions) -> None:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("decisions", ["hard", "straight_through"])
 @pytest.mark.parametrize("depth", [2, DENSE_LEVELS + 1])
-def test_hard_training_compiles_in_one_graph(decisions, depth) -> None:
+@pytest.mark.parametrize("gated", [False, True])
+def test_training_compiles_in_one_graph(decisions, depth, gated) -> None:
     torch._dynamo.reset()
-    ffn = tree(depth=depth, decisions=decisions, hardening_weight=1.0, balance_weight=1.0, region_leak=1.0)
+    ffn = tree(depth=depth, decisions=decisions, hardening_weight=1.0, balance_weight=1.0, region_leak=1.0, gated=gated)
     x = torch.randn(9, 6)
     results = []
     for run in (ffn, torch.compile(ffn, fullgraph=True, backend="aot_eager")):

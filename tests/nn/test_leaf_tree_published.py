@@ -185,6 +185,11 @@ def test_half_a_state_dict() -> None:
         LeafTreeFFN.from_fastfeedforward(state | {"w1s": torch.zeros(3, 4, 3)})
 
 
+def test_gated_leaves_cannot_be_exported() -> None:
+    with pytest.raises(CheckpointError, match="leaves of this tree are gated"):
+        LeafTreeFFN(LeafTreeConfig(d_model=4, gated=True)).to_fastfeedforward()
+
+
 def test_a_shared_part_cannot_be_exported() -> None:
     with pytest.raises(CheckpointError, match="shared part of width 4"):
         LeafTreeFFN(LeafTreeConfig(d_model=4, shared=4)).to_fastfeedforward()

@@ -66,6 +66,56 @@ def test_formula_and_gradients(active, gated, bias) -> None:
     assert found[1].abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("active", [1, 2, 5])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_sums_experts_and_a_shared_part(active, gated, bias) -> None:
+    ffn = moe(active=active, gated=gated, bias=bias, d_out=3, shared=4, weighting="sum").double()
+    x = torch.randn(20, 6, dtype=torch.float64, requires_grad=True)
+    probe = torch.randn(20, 3, dtype=torch.float64)
+    y, parameters = ffn(x), list(ffn.parameters())
+    chosen = (x @ ffn.router.weight.T).topk(active, 1).indices
+    every = torch.stack([expert(ffn, e, x) for e in range(5)], 1)
+    picked = torch.zeros(20, 5, dtype=torch.float64).scatter_(1, chosen, 1.0)
+    summed = (every * picked.unsqueeze(2)).sum(1) + ffn.shared(x)
+    torch.testing.assert_close(y, summed)
+    with torch.no_grad():
+        assert torch.equal(ffn(x), y)
+    # The router's gradient is that of a mixture in which each chosen expert has its share of the softmax over all.
+    weights = (x @ ffn.router.weight.T).softmax(1)
+    mixed = (every.detach() * (picked * weights).unsqueeze(2)).sum(1)
+    total = (probe * (summed + mixed)).sum()
+    wanted = torch.autograd.grad(total, [x, *parameters])
+    found = torch.autograd.grad((y * probe).sum(), [x, *parameters])
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    assert found[1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sum_is_the_same_with_and_without_gradients(dtype) -> None:
+    ffn, x = moe(weighting="sum", shared=3).to(dtype), torch.randn(50, 6, dtype=dtype)
+    y = ffn(x)
+    with torch.no_grad():
+        assert torch.equal(ffn(x), y)
+
+
+def test_sum_under_autocast_and_compiled() -> None:
+    ffn, x = moe(weighting="sum", shared=3, gated=True), torch.randn(9, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ffn(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), ffn(x), rtol=0.05, atol=0.05)
+    torch._dynamo.reset()
+    compiled = torch.compile(ffn, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), ffn(x))
+    compiled(x).square().sum().backward()
+    found = ffn.router.weight.grad.clone()
+    ffn.zero_grad()
+    ffn(x).square().sum().backward()
+    torch.testing.assert_close(found, ffn.router.weight.grad)
+
+
 def test_balance_loss_of_the_switch_transformer() -> None:
     ffn = moe(balance_weight=0.5, active=2)
     x = torch.randn(50, 6)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastffn.nn.dense import DenseConfig, DenseFFN, LinearMapFFN
-from fastffn.nn.start.least_squares import covariance, refit
+from fastffn.nn.start.least_squares import covariance, refit, refit_with_bias
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -82,9 +82,8 @@ class FactorisedFFN(LinearMapFFN[M], Generic[M, L]):
         hidden, wanted = self.hidden(inputs), dense.down(dense.hidden(inputs))
         down = copy.deepcopy(dense.down)
         if bias:
-            centred = hidden - hidden.mean(0), wanted - wanted.mean(0)
-            down.weight.copy_(refit(*centred, down.weight))
-            down.bias.copy_(wanted.mean(0) - down.weight @ hidden.mean(0))
+            weight, constant = refit_with_bias(hidden, wanted, down.weight)
+            down.weight.copy_(weight), down.bias.copy_(constant)
         else:
             down.weight.copy_(refit(hidden, wanted, down.weight))
         self._start_linear_on("down", down, hidden)

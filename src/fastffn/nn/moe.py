@@ -208,7 +208,7 @@ class MoEFFN(AuxiliaryLoss, FFN[MoEConfig]):
             y = (y * weights.to(y.dtype).unsqueeze(2)).sum(1)
         elif torch.is_grad_enabled():
             # 1, with the gradient of each expert's weight.
-            y = (y * (1 + weights - weights.detach()).to(y.dtype).unsqueeze(2)).sum(1)
+            y = (y * (1 + (weights - weights.detach())).to(y.dtype).unsqueeze(2)).sum(1)
         else:
             y = y.sum(1)
         if self.shared is not None:

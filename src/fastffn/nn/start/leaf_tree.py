@@ -1,7 +1,7 @@
 """A leaf tree out of a dense FFN: tokens are parted by the neurons that they use, each leaf gets its tokens' neurons.
 
     1. the neurons that do most for all tokens go into the shared part
-    2. from the root down, each node parts its tokens in halves that use different neurons (`splits.split`)
+    2. from the root down, each node parts its tokens in halves that use different neurons (`splits`)
     3. a leaf gets copies of the neurons that do most for its tokens; one neuron may be in many leaves
     4. its weights out of them are fitted to what the shared part leaves over on its tokens
 
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastffn.nn.dense import DenseFFN
-from fastffn.nn.start.least_squares import covariance, refit
+from fastffn.nn.start.least_squares import for_few, refit_with_bias
 from fastffn.nn.start.neurons import SKETCH, by_use, columns, contributions, copy_neurons
-from fastffn.nn.start.splits import split
+from fastffn.nn.start.splits import Splitter
 
 if TYPE_CHECKING:
     from fastffn.nn.leaf_tree import LeafTreeFFN
@@ -44,9 +44,10 @@ def start_leaf_tree(tree: LeafTreeFFN, dense: DenseFFN, inputs: torch.Tensor) ->
     mixtures = torch.randn(len(rest), SKETCH, generator=generator) / len(rest) ** 0.5
     arrived = _part(tree, inputs, contribution[:, rest] @ mixtures)
 
-    for leaf, tokens in enumerate(arrived):
-        use = contribution[tokens][:, rest] if len(tokens) else contribution[:, rest]
-        chosen = rest[by_use(use)[: config.leaf_width]].sort().values
+    for leaf, own in enumerate(arrived):
+        # A leaf where no token arrives is made for all.
+        tokens = own if len(own) else torch.arange(len(inputs))
+        chosen = rest[by_use(contribution[tokens][:, rest])[: config.leaf_width]].sort().values
         # Neurons that are not there fill up the leaf.
         chosen = torch.cat((chosen, chosen.new_full((config.leaf_width - len(chosen),), len(order))))
         for name in ("up", "gate") if config.gated else ("up",):
@@ -54,25 +55,20 @@ def start_leaf_tree(tree: LeafTreeFFN, dense: DenseFFN, inputs: torch.Tensor) ->
             getattr(tree, f"leaf_{name}_weight")[leaf] = columns(linear.weight.T, chosen).T
             bias = torch.zeros(config.leaf_width) if linear.bias is None else columns(linear.bias[None], chosen)[0]
             getattr(tree, f"leaf_{name}_bias")[leaf] = bias
-        start = columns(dense.down.weight, chosen)
-        if len(tokens):
-            features, left = columns(hidden[tokens], chosen), wanted[tokens]
-            start = refit(features - features.mean(0), left - left.mean(0), start).float()
-            tree.leaf_down_bias[leaf] = left.mean(0) - start @ features.mean(0)
-        else:
-            tree.leaf_down_bias[leaf] = wanted.mean(0)
-        tree.leaf_down_weight[leaf] = start
+        features = columns(hidden[tokens], chosen)
+        weight, bias = refit_with_bias(features, wanted[tokens], columns(dense.down.weight, chosen), for_few(features))
+        tree.leaf_down_weight[leaf], tree.leaf_down_bias[leaf] = weight, bias
 
 
 def _part(tree: LeafTreeFFN, inputs: torch.Tensor, needs: torch.Tensor) -> list[torch.Tensor]:
     """Sets the decisions; the numbers of the tokens that arrive at each leaf."""
-    common = covariance(inputs, centred=True)
+    split = Splitter(inputs)
     level = [torch.arange(len(inputs))]
     node = 0
     for _ in range(tree.config.depth):
         below = []
         for tokens in level:
-            weight, bias = split(inputs[tokens], needs[tokens], common)
+            weight, bias, _ = split(tokens, needs[tokens])
             tree.node_weight[node], tree.node_bias[node] = FIRMNESS * weight, FIRMNESS * bias
             right = inputs[tokens] @ tree.node_weight[node] + tree.node_bias[node] >= 0
             below += [tokens[~right], tokens[right]]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastffn.nn.dense import DenseFFN
-from fastffn.nn.start.least_squares import refit
+from fastffn.nn.start.least_squares import for_few, refit, refit_with_bias
 from fastffn.nn.start.neurons import balanced_groups, by_use, columns, contributions, copy_neurons
 from fastffn.nn.start.router import fit_router
 
@@ -53,10 +53,9 @@ def start_moe(moe: MoEFFN, dense: DenseFFN, inputs: torch.Tensor) -> None:
     constant = None
     if config.bias:
         features, start = torch.cat((features, taken), 1), torch.cat((start, -mean.T), 1)
-        fitted = refit(features - features.mean(0), wanted - wanted.mean(0), start).float()
-        constant = wanted.mean(0) - fitted @ features.mean(0)
+        fitted, constant = refit_with_bias(features, wanted, start, for_few(features))
     else:
-        fitted = refit(features, wanted, start).float()
+        fitted = refit(features, wanted, start, for_few(features))
 
     _set(moe, dense, shared, groups)
     down, biases = fitted[:, : len(shared) + groups.numel()], fitted[:, len(shared) + groups.numel() :]

@@ -15,6 +15,16 @@ from fastffn.registry import kind_of
 
 F = TypeVar("F", bound=FFN[Any])
 
+# A normalised token is a few times as long as others at most.
+LONGEST = 10.0
+
+
+def without_outliers(inputs: torch.Tensor) -> torch.Tensor:
+    """Tokens `[S, D]`, those over `LONGEST` times the median length made that long: no fit is to serve these alone."""
+    length = inputs.norm(dim=1, keepdim=True)
+    limit = LONGEST * length.median()
+    return torch.where(length > limit, inputs * (limit / length), inputs)
+
 
 def start_module(
     module: type[F],
@@ -32,9 +42,13 @@ def start_module(
         dense: the FFN to approximate.
         inputs: tokens that it meets.
 
+    The state of torch's random numbers stays as it is.
+
     Raises:
         KindError: there are no inputs.
         ConfigError: the shared part is wider than `dense`.
+        ShapeError: the inputs are not as wide as those of `dense`.
+        DtypeError: they are not floating-point.
     """
     if inputs is None or not len(inputs):
         raise KindError(
@@ -44,9 +58,12 @@ def start_module(
         )
     if config.shared > dense.config.total_width:
         raise ConfigError(f"shared is {config.shared}; the dense FFN has only {dense.config.total_width} neurons.")
-    with torch.device("cpu"):
+    dense.check_input(inputs)
+    # A new module draws numbers: always the same ones, and those that the caller draws next stay what they were.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(0)
         ffn = module(config).eval()
         plain = copy.deepcopy(dense).to("cpu", torch.float32).eval()
-        start(ffn, plain, inputs.detach().to("cpu", torch.float32))
+        start(ffn, plain, without_outliers(inputs.detach().to("cpu", torch.float32)))
     like = next(dense.parameters())
     return ffn.to(like.device, like.dtype).train(dense.training)
