@@ -15,7 +15,7 @@ class Decision(NamedTuple):
     Attributes:
         weight: `[D]`.
         bias: `[]`.
-        scores: `[n]`, of the tokens it was made for; their deviation is 1, their median 0.
+        scores: `[n]`, of the tokens it was made for; their deviation is 1, half of them are below 0.
     """
 
     weight: torch.Tensor
@@ -64,7 +64,10 @@ class Splitter:
         if not deviation > ROUNDING * scores.abs().max():
             return self._nothing(tokens)
         weight = self.unroot @ (direction / deviation).double()
-        middle = scores.median() / deviation
+        # Between the two in the middle: a token on the threshold would go another way with each rounding.
+        ordered = scores.sort().values
+        half = len(ordered) // 2
+        middle = (ordered[half - 1] + ordered[half]) / 2 / deviation
         bias = -self.mean.double() @ weight - middle
         return Decision(weight.float(), bias.float(), scores / deviation - middle)
 
