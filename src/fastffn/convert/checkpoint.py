@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from fastffn.convert import io, match
-from fastffn.convert.files import new_directory, read_json, write_json
+from fastffn.convert.files import new_directory, write_json
+from fastffn.convert.loading import architecture_of, read_config
 from fastffn.convert.safetensors_io import INDEX, PlannedTensor, TensorReader, write_checkpoint
-from fastffn.errors import CheckpointError, KindError
+from fastffn.errors import KindError
 from fastffn.nn import MergedTensor
 from fastffn.registry import kind_of
 
@@ -47,21 +48,6 @@ class MergedCheckpoint:
         }
 
 
-def architecture_of(config_json: dict[str, Any], where: str) -> Any:
-    """The model class that a `config.json` names.
-
-    Raises:
-        CheckpointError: transformers does not know the architecture.
-    """
-    import transformers
-
-    names = config_json.get("architectures") or []
-    architecture = getattr(transformers, names[0], None) if names else None
-    if architecture is None:
-        raise CheckpointError(f"config.json of {where} names no architecture that transformers knows: {names}.")
-    return architecture
-
-
 def skeleton(config_json: dict[str, Any], where: str) -> torch.nn.Module:
     """The dense model that a `config.json` describes, without weights.
 
@@ -90,11 +76,7 @@ def merge_checkpoint(source: Path, target: Path, *, max_shard_bytes: int = 50_00
         OutputError: `target` exists already.
     """
     source, target = Path(source), Path(target)
-    if not source.is_dir():
-        raise CheckpointError(f"{source} is not a directory; name the directory of a checkpoint.")
-    if not (source / "config.json").exists() and (source / "stage1").is_dir():
-        raise CheckpointError(f"{source} is a run, not a checkpoint. Did you mean {source / 'stage1'}?")
-    config_json = read_json(source / "config.json")
+    config_json = read_config(source, results=("stage1",))
     described = io.described_in(config_json, str(source))
     model = skeleton(config_json, str(source))
     model_config: Any = model.config

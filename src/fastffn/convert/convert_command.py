@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from fastffn.convert.checkpoint import architecture_of, copy_model_files
-from fastffn.convert.files import new_directory, read_json
+from fastffn.convert.checkpoint import copy_model_files
+from fastffn.convert.files import new_directory
+from fastffn.convert.loading import architecture_of, load_model, read_config
 from fastffn.errors import CheckpointError, ConversionError
 
 _log = logging.getLogger(__name__)
@@ -71,8 +72,6 @@ def checkpoint_directory(source: str) -> Path:
             "float32: docs/convert.md says how (GgufConfig(dequantize=True))."
         )
     if directory.is_dir():
-        if not (directory / "config.json").exists() and (directory / "stage2").is_dir():
-            raise CheckpointError(f"{source} is a run, not a model. Did you mean {directory / 'stage2'}?")
         return directory
     if directory.exists() or source.startswith((".", "/", "~")):
         raise CheckpointError(f"{source} is not a directory; name the directory of a checkpoint.")
@@ -90,9 +89,7 @@ def load_dense(source: str, directory: Path, dtype: str = STORED) -> Any:
         CheckpointError: it is corrupt, or transformers does not know the architecture.
         ConversionError: its weights are quantised, or its FFNs converted already.
     """
-    from safetensors import SafetensorError
-
-    config_json = read_json(directory / "config.json")
+    config_json = read_config(directory)
     method = (config_json.get("quantization_config") or {}).get("quant_method")
     if method == "fastffn":
         raise ConversionError(
@@ -103,11 +100,7 @@ def load_dense(source: str, directory: Path, dtype: str = STORED) -> Any:
         raise ConversionError(f"{source} is quantised ({method}); name the checkpoint that it was made from.")
     architecture = architecture_of(config_json, source)
     _log.info("loading %s (%s)", source, architecture.__name__)
-    try:
-        model, info = architecture.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"The weights in {source} are missing, corrupt or cut short: {reason}") from error
+    model, info = load_model(architecture, source, dtype=dtype, output_loading_info=True)
     missing = sorted(info["missing_keys"])
     if missing:
         # transformers fills them with random numbers, and only says so.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastffn.convert.api import convert, place_fresh
-from fastffn.convert.files import read_json
+from fastffn.convert.loading import read_config
 from fastffn.convert.match import after_first, fastffn_modules
 from fastffn.errors import CheckpointError
 from fastffn.measure.flops import StepBound, layer_flops, step_flops
@@ -36,11 +36,7 @@ class GPT2Shape:
         Raises:
             CheckpointError: there is no checkpoint, it is none of a GPT-2, or its FFNs are not dense.
         """
-        if not directory.is_dir():
-            raise CheckpointError(f"{directory} is not a directory; name the directory of a checkpoint.")
-        if not (directory / "config.json").exists() and (directory / "stage2").is_dir():
-            raise CheckpointError(f"{directory} is a run, not a checkpoint. Did you mean {directory / 'stage2'}?")
-        values = read_json(directory / "config.json")
+        values = read_config(directory)
         if values.get("model_type") != "gpt2":
             raise CheckpointError(
                 f"{directory} holds a model of type {values.get('model_type')!r}; training can start from a 'gpt2'."

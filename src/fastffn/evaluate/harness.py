@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastffn.convert.loading import is_causal, read_config
 from fastffn.data.tokenizer import load_tokenizer
 from fastffn.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, did_you_mean
-from fastffn.evaluate.load import load_language_model, model_config
+from fastffn.evaluate.load import load_language_model
 from fastffn.measure.machine import describe_machine
 
 
@@ -48,11 +49,9 @@ def evaluate_harness(
         raise MissingDependencyError(
             f"fastffn evaluate harness needs the package '{error.name}': pip install 'fastffn[eval]'."
         ) from error
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     directory = Path(model)
-    names = model_config(directory).get("architectures") or ["of an unknown class"]
-    if names[0] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    names = read_config(directory).get("architectures") or ["of an unknown class"]
+    if not is_causal(names[0]):
         raise CheckpointError(f"{directory} is a model {names[0]}; lm-eval's tasks want a causal language model.")
     for name, value in (("limit", limit), ("batch_size", batch)):
         if value is not None and value < 1:

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from fastffn.convert.loading import is_causal, read_config
 from fastffn.data.text import DOCUMENT_SEPARATOR, find_text
 from fastffn.data.tokenise import encoded_pieces
 from fastffn.data.tokenizer import fits_vocabulary, load_tokenizer
 from fastffn.errors import CheckpointError, ConfigError, DataError
-from fastffn.evaluate.load import load_language_model, model_config
+from fastffn.evaluate.load import load_language_model
 from fastffn.measure.machine import describe_machine
 
 # At a time: their logits, one for each token of the vocabulary, are gigabytes where windows are long.
@@ -61,12 +62,11 @@ def evaluate_perplexity(
         ConfigError: context or stride are out of range.
     """
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     directory = Path(model)
-    config_json = model_config(directory)
+    config_json = read_config(directory)
     names = config_json.get("architectures") or []
-    if names and names[0] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if names and not is_causal(names[0]):
         raise CheckpointError(
             f"{directory} is a {names[0]}, no causal language model: perplexity is theirs. How far a converted encoder "
             "is from its original, `fastffn distill` reports."

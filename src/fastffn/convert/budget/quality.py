@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from fastffn.convert.calibration import evaluating
+from fastffn.convert.loading import is_causal
 from fastffn.errors import ConfigError, ConversionError
 
 # Numbers of the dense model's predictions that are kept to compare with: 256 MB.
@@ -70,7 +71,7 @@ class Budget:
         Raises:
             ConversionError: the model is none of the sort that the budget is made for, or the text has too few tokens.
         """
-        causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+        causal = is_causal(type(model).__name__)
         if self.max_loss_increase is not None and not causal:
             raise ConversionError(
                 f"{type(model).__name__} is no causal language model, whose loss could be measured on plain text; give "

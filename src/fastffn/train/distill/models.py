@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from fastffn.convert import match
-from fastffn.convert.files import read_json
 from fastffn.convert.io import QUANT_METHOD
+from fastffn.convert.loading import architecture_of, is_causal, load_model, read_config
 from fastffn.errors import CheckpointError, ConversionError
 
 Task = Literal["causal", "masked", "states"]
@@ -43,13 +43,13 @@ class Pair:
         Raises:
             CheckpointError: weights are missing or corrupt.
         """
-        model = _load(self.architecture, directory or self.student)
+        model = load_model(self.architecture, directory or self.student, dtype=torch.float32)
         model.config.use_cache = False
         return model
 
     def load_teacher(self) -> Any:
         """The teacher, frozen."""
-        model = _load(self.architecture, self.teacher)
+        model = load_model(self.architecture, self.teacher, dtype=torch.float32)
         model.config.use_cache = False
         return model.eval().requires_grad_(False)
 
@@ -60,12 +60,9 @@ def find_pair(student: Path, teacher: Path) -> Pair:
     Raises:
         CheckpointError: one is missing, or they do not belong together.
     """
-    import transformers
-    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    import fastffn.hf  # noqa: F401  (so that checkpoints with FastFFN kinds load)
-
-    values = {path: _config_json(path) for path in (student, teacher)}
+    values = {path: read_config(path) for path in (student, teacher)}
     kinds = {path: (given.get("quantization_config") or {}).get("quant_method") for path, given in values.items()}
     if kinds[student] != QUANT_METHOD:
         raise CheckpointError(
@@ -83,10 +80,7 @@ def find_pair(student: Path, teacher: Path) -> Pair:
             f"The student {student} is a {names[student]}, the teacher {teacher} a {names[teacher]}; they must be of "
             "one architecture."
         )
-    name = names[student]
-    architecture = getattr(transformers, str(name), None)
-    if architecture is None:
-        raise CheckpointError(f"config.json of {student} names no architecture that transformers knows: {name}.")
+    architecture = architecture_of(values[student], student)
     config, other = (architecture.config_class.from_pretrained(path) for path in (student, teacher))
     for field in _SAME:
         here, there = getattr(config, field, None), getattr(other, field, None)
@@ -96,31 +90,11 @@ def find_pair(student: Path, teacher: Path) -> Pair:
                 "checkpoint that the student was converted from."
             )
     task: Task = "states"
-    if name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if is_causal(architecture.__name__):
         task = "causal"
-    elif name in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+    elif architecture.__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
         task = "masked"
     return Pair(student, teacher, architecture, task, config)
-
-
-def _config_json(directory: Path) -> dict[str, Any]:
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory; name the directory of a checkpoint.")
-    if not (directory / "config.json").exists():
-        for stage in ("student", "stage2"):
-            if (directory / stage / "config.json").exists():
-                raise CheckpointError(f"{directory} is a run, not a checkpoint. Did you mean {directory / stage}?")
-    return read_json(directory / "config.json")
-
-
-def _load(architecture: Any, directory: Path) -> Any:
-    from safetensors import SafetensorError
-
-    try:
-        return architecture.from_pretrained(directory, dtype=torch.float32)
-    except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"The weights in {directory} are missing, corrupt or cut short: {reason}") from error
 
 
 def dense_ffns(teacher: Any, paths: list[str]) -> dict[str, nn.Module]:
