@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -57,7 +58,7 @@ class DenseConfig(FFNConfig):
 M = TypeVar("M", bound=DenseConfig)
 
 
-class LinearMapFFN(FFN[M]):
+class LinearMapFFN(FFN[M], ABC):
     """`y = down(act(up(x)))`; gated: `y = down(act(gate(x)) * up(x))`: kinds differ in what the maps are made of."""
 
     up: nn.Module
@@ -70,9 +71,9 @@ class LinearMapFFN(FFN[M]):
             self.add_module(name, self.linear_map(d_in, d_out))
         self.act = get_activation(config.activation)
 
+    @abstractmethod
     def linear_map(self, d_in: int, d_out: int) -> nn.Module:
         """The module for one map `[..., in] -> [..., out]`."""
-        raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., D] -> [..., O]`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
@@ -10,14 +11,16 @@ from torch import nn
 
 from fastffn.nn.dense import DenseConfig, DenseFFN, LinearMapFFN
 from fastffn.nn.start.least_squares import covariance, refit, refit_with_bias
+from fastffn.nn.start.shown import on_cpu
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class FactorisedLinear(nn.Module):
+class FactorisedLinear(nn.Module, ABC):
     """A linear map `[..., in] -> [..., out]` made of factors."""
 
+    @abstractmethod
     def start_from(
         self, dense: nn.Linear, config: DenseConfig, *, fresh: bool, covariance: torch.Tensor | None = None
     ) -> None:
@@ -30,15 +33,14 @@ class FactorisedLinear(nn.Module):
                 not the values.
             covariance: `[in, in]` of the inputs on which the approximation is to be good; None for all alike.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def bias_parameter(self) -> nn.Parameter:
         """The bias of the map, which has one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decay_product_(self, amount: float) -> None:
         """One step of size `amount` against the gradient of ||W||^2 / 2, all factors at once, from the old values."""
-        raise NotImplementedError
 
 
 L = TypeVar("L", bound=FactorisedLinear)
@@ -55,9 +57,9 @@ class FactorisedFFN(LinearMapFFN[M], Generic[M, L]):
         if not any(parameter.is_meta for parameter in dense.parameters()):
             self._start_from(dense, fresh=True)
 
+    @abstractmethod
     def linear_map(self, d_in: int, d_out: int) -> L:
         """See `LinearMapFFN.linear_map`."""
-        raise NotImplementedError
 
     def _linears(self) -> dict[str, L]:
         return {name: getattr(self, name) for name in self.config.linear_maps()}
@@ -111,8 +113,7 @@ class FactorisedFFN(LinearMapFFN[M], Generic[M, L]):
             module._start_from(dense, fresh=False)
         else:
             module.to(torch.float32).to_empty(device="cpu").eval()
-            plain = copy.deepcopy(dense).to("cpu", torch.float32).eval()
-            module._start_on(plain, inputs.to("cpu", torch.float32))
+            module._start_on(*on_cpu(dense, inputs))
             module.to(like.device, like.dtype)
         return module.train(dense.training)
 

@@ -17,17 +17,17 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fastffn.errors import ConfigError
 from fastffn.nn.auxiliary import AuxiliaryLoss
 from fastffn.nn.base import FFN, FFNConfig
 from fastffn.nn.dense import DenseConfig, DenseFFN
+from fastffn.nn.leaf_path import Path, binary_entropy, descend, top_scores, visited_scores, walk
 from fastffn.nn.usage import add_counts, counts_of, occurrences, register_counts
 from fastffn.ops import grouped_mlp, leaf_mixture
 from fastffn.ops.activations import get_activation
@@ -41,11 +41,6 @@ if TYPE_CHECKING:
 DECISIONS = ("soft", "hard", "straight_through")
 # Node numbers stay below 2^31: they fit the 32-bit offsets of grouped products.
 MAX_DEPTH = 30
-# On the way down the scores of this many levels come from one product with all their nodes, in shapes that matrix
-# units like; below, each token fetches its own node.
-DENSE_LEVELS = 5
-# Tokens that fetch their nodes together.
-PIECE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,20 +140,6 @@ class LeafTreeConfig(FFNConfig):
         )
 
 
-class Path(NamedTuple):
-    """How tokens went through a tree.
-
-    Attributes:
-        leaf: `[T]`, the leaf where each ended.
-        nodes: `[T, depth]`, the nodes it visited.
-        turned: `[T, depth]`, whether the decision was turned round by a region leak; None if none was.
-    """
-
-    leaf: torch.Tensor
-    nodes: torch.Tensor
-    turned: torch.Tensor | None
-
-
 @register_ffn("leaf_tree", LeafTreeConfig)
 class LeafTreeFFN(AuxiliaryLoss, FFN[LeafTreeConfig]):
     """Fast feedforward network: a tree of decisions picks one of 2^depth small MLPs.
@@ -247,7 +228,8 @@ class LeafTreeFFN(AuxiliaryLoss, FFN[LeafTreeConfig]):
     def path(self, x: torch.Tensor) -> Path:
         """The hard decisions of tokens `[T, D]`, without a region leak."""
         x, weight, bias = _given(*autocast(x, self.node_weight, self.node_bias))
-        return self._descend(x, weight, bias, self._top_scores(x, weight, bias))
+        depth = self.config.depth
+        return descend(x, weight, bias, top_scores(x, weight, bias, depth), depth)
 
     @torch.no_grad()
     def decision_margins(self, x: torch.Tensor) -> torch.Tensor:
@@ -255,37 +237,6 @@ class LeafTreeFFN(AuxiliaryLoss, FFN[LeafTreeConfig]):
         if not self.config.depth:
             return super().decision_margins(x)
         return self.node_scores(x).gather(1, self.path(x).nodes).abs().amin(1)
-
-    def _top_scores(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """The scores of all nodes of the first levels: `[T, D]` to `[T, 2^levels - 1]`."""
-        levels = min(self.config.depth, DENSE_LEVELS)
-        nodes = 2**levels - 1
-        if x.is_meta and nodes:
-            # FLOPs are counted so: a token needs one node of each level; all of them are a faster way to that.
-            return F.linear(x, weight[:levels], bias[:levels])[:, :1].expand(-1, nodes)
-        return F.linear(x, weight[:nodes], bias[:nodes])
-
-    @torch.no_grad()
-    def _descend(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, top: torch.Tensor, leak: float = 0.0
-    ) -> Path:
-        depth = self.config.depth
-        turned = torch.rand(x.shape[0], depth, device=x.device) < leak if leak else None
-        node = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-        nodes = []
-        for level in range(depth):
-            nodes.append(node)
-            if level < DENSE_LEVELS:
-                score = top.gather(1, node.unsqueeze(1)).squeeze(1)
-            else:
-                score = _scores_of(x, node, weight, bias)
-            # What is not a number goes left.
-            right = score >= 0
-            if turned is not None:
-                right = right ^ turned[:, level]
-            node = 2 * node + 1 + right
-        visited = torch.stack(nodes, 1) if nodes else node.unsqueeze(1)[:, :0]
-        return Path(node - (self.config.leaves - 1), visited, turned)
 
     def dead_leaves(self, share: float = 0.0) -> list[int]:
         """Leaves that got at most `share` of an even share of the tokens counted in `leaf_usage`.
@@ -352,7 +303,7 @@ class LeafTreeFFN(AuxiliaryLoss, FFN[LeafTreeConfig]):
         if self.config.region_leak:
             # 1 - sigmoid(s) is sigmoid(-s): a decision is turned round by its score's sign.
             scores = torch.where(torch.rand_like(scores) < self.config.region_leak, -scores, scores)
-        leaf = _walk(scores.detach(), self.config.depth)
+        leaf = walk(scores.detach(), self.config.depth)
         add_counts(self, "leaf_usage", leaf)
         self.ask(self._soft_loss(scores, leaf))
         kept = None
@@ -386,18 +337,14 @@ class LeafTreeFFN(AuxiliaryLoss, FFN[LeafTreeConfig]):
     def _hard(self, x: torch.Tensor) -> torch.Tensor:
         config = self.config
         x, weight, bias = _given(*autocast(x, self.node_weight, self.node_bias))
-        top = self._top_scores(x, weight, bias)
-        path = self._descend(x, weight, bias, top, config.region_leak)
+        top = top_scores(x, weight, bias, config.depth)
+        path = descend(x, weight, bias, top, config.depth, config.region_leak)
         add_counts(self, "leaf_usage", path.leaf)
         y = self._one_leaf(x, path)
         straight = config.decisions == "straight_through"
         if not (straight or config.hardening_weight or config.balance_weight) or not config.depth:
             return y
-        scores = top.gather(1, path.nodes[:, :DENSE_LEVELS])
-        if config.depth > DENSE_LEVELS:
-            scores = torch.cat((scores, _PathScores.apply(x, path.nodes[:, DENSE_LEVELS:], weight, bias)), 1)
-        if path.turned is not None:
-            scores = torch.where(path.turned, -scores, scores)
+        scores = visited_scores(x, path, weight, bias, top)
         self.ask(self._hard_loss(scores, path))
         if straight:
             # The weight of the side that was taken.
@@ -451,59 +398,6 @@ class LeafTreeFFN(AuxiliaryLoss, FFN[LeafTreeConfig]):
             right = torch.sigmoid(scores)
             loss = loss + config.balance_weight * 2 * (share * right + (1 - share) * (1 - right)).sum() / visits
         return loss
-
-
-class _PathScores(torch.autograd.Function):
-    """The scores of given nodes of each token: `[T, k]`.
-
-    Keeps no copy of the nodes' weights for each token. The gradient of the weights is summed like that of an
-    embedding, in a fixed order.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, nodes: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, nodes, weight)
-        return torch.stack([_scores_of(x, node, weight, bias) for node in nodes.unbind(1)], 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, nodes, weight = ctx.saved_tensors
-        of_x, of_weight = torch.zeros_like(x), torch.zeros_like(weight)
-        for node, own in zip(nodes.unbind(1), gradient.unbind(1), strict=True):
-            of_x += own.unsqueeze(1) * weight[node]
-            of_weight += _sum_by_node(own.unsqueeze(1) * x, node, len(weight))
-        of_bias = _sum_by_node(gradient.reshape(-1, 1), nodes.flatten(), len(weight)).squeeze(1)
-        return of_x, None, of_weight, of_bias
-
-
-def _scores_of(x: torch.Tensor, node: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """The score of each token's own node: `[T, D]`, `[T]` to `[T]`."""
-    if torch.compiler.is_compiling() or x.is_meta:
-        return (x * weight[node]).sum(1) + bias[node]
-    # In pieces that stay in the cache.
-    pieces = zip(x.split(PIECE), node.split(PIECE), strict=True)
-    return torch.cat([(rows * weight[own]).sum(1) for rows, own in pieces]) + bias[node]
-
-
-def _sum_by_node(rows: torch.Tensor, node: torch.Tensor, nodes: int) -> torch.Tensor:
-    summed: torch.Tensor = torch.ops.aten.embedding_dense_backward(rows, node, nodes, -1, False)
-    return summed
-
-
-def binary_entropy(scores: torch.Tensor) -> torch.Tensor:
-    """The entropy of a decision whose one side has the weight sigmoid(score), in nats."""
-    return F.softplus(scores) - scores * torch.sigmoid(scores)
-
-
-def _walk(scores: torch.Tensor, depth: int) -> torch.Tensor:
-    """The leaf of each token, from the scores of all nodes `[T, N]`."""
-    node = torch.zeros(scores.shape[0], dtype=torch.int64, device=scores.device)
-    for _ in range(depth):
-        node = 2 * node + 1 + (scores.gather(1, node.unsqueeze(1)).squeeze(1) >= 0)
-    return node - scores.shape[1]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -9,7 +9,6 @@ With `drop` nobody sleeps: the other neurons are gone (structured pruning), and 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +20,9 @@ from torch import nn
 from fastffn.errors import ConfigError
 from fastffn.nn.base import MergedTensor
 from fastffn.nn.dense import DenseConfig, DenseFFN, LinearMapFFN
-from fastffn.nn.start.least_squares import refit
+from fastffn.nn.start.least_squares import refit, refit_with_bias
 from fastffn.nn.start.neurons import by_use, contributions
+from fastffn.nn.start.shown import on_cpu
 from fastffn.registry import register_ffn
 
 if TYPE_CHECKING:
@@ -162,8 +162,7 @@ class NarrowFFN(LinearMapFFN[NarrowConfig]):
 @torch.no_grad()
 def _fit(dense: DenseFFN, inputs: torch.Tensor, width: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """All neurons, those that do most for tokens `[S, D]` first; and what `down` of the first `width` should be."""
-    plain = copy.deepcopy(dense).to("cpu", torch.float32).eval()
-    rows = inputs.detach().to("cpu", torch.float32)
+    plain, rows = on_cpu(dense, inputs)
     hidden = plain.hidden(rows)
     wanted = plain.down(hidden)
     order = by_use(contributions(plain, hidden))
@@ -171,9 +170,8 @@ def _fit(dense: DenseFFN, inputs: torch.Tensor, width: int) -> tuple[torch.Tenso
     features, start = hidden[:, awake], plain.down.weight[:, awake]
     if not dense.config.bias:
         return order, {"down.weight": refit(features, wanted, start)}
-    mean = features.mean(0)
-    weight = refit(features - mean, wanted - wanted.mean(0), start)
-    return order, {"down.weight": weight, "down.bias": wanted.mean(0) - weight.float() @ mean}
+    weight, bias = refit_with_bias(features, wanted, start)
+    return order, {"down.weight": weight, "down.bias": bias}
 
 
 def _padded(missing: int, dim: int, awake: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ class LeftOut(Exception):  # noqa: N818 (nothing has gone wrong)
     """Why a peer is not in the table."""
 
 
-class _TreePeer(nn.Module):
+class _TreePeer(nn.Module, ABC):
     """A way through the trees of a `neuron_tree`, on its own parameters; biases are added, which the original lacks."""
 
     def __init__(self, ffn: NeuronTreeFFN) -> None:
@@ -39,9 +40,9 @@ class _TreePeer(nn.Module):
             y = y + self.tree(x, tree)
         return y
 
+    @abstractmethod
     def tree(self, x: torch.Tensor, tree: int) -> torch.Tensor:
         """The output of one tree."""
-        raise NotImplementedError
 
 
 class GatherBmm(_TreePeer):

@@ -2,7 +2,7 @@
 
 1. the neurons that do most for all tokens go into the shared part
 2. tree after tree, node after node: a neuron in the direction that tells most about what is left over on the
-tokens that arrive, with the weights out that explain most of it
+   tokens that arrive, with the weights out that explain most of it
 3. all weights together are trained on the dense FFN's outputs, for a few seconds
 """
 

@@ -24,11 +24,11 @@ def fit_router(inputs: torch.Tensor, gain: torch.Tensor, active: int) -> torch.T
     tokens, groups = gain.shape
     best = gain.topk(active, dim=1)
     share = torch.zeros_like(gain).scatter_(1, best.indices, best.values)
+    # Each token weighs the same, however much its groups add.
     share = share / share.sum(1, keepdim=True).clamp_min(torch.finfo(gain.dtype).tiny)
     # Inputs of a Transformer differ in size; each weight learns at the pace of its own.
     scale = inputs.square().mean(0).sqrt().clamp_min(torch.finfo(inputs.dtype).tiny)
     rows = inputs / scale
-    # Hard tokens weigh no more than others.
     with torch.enable_grad():
         weight = torch.zeros(groups, inputs.shape[1], dtype=inputs.dtype, requires_grad=True)
         optimizer = torch.optim.Adam([weight], lr=RATE)

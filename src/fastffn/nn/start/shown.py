@@ -19,6 +19,11 @@ F = TypeVar("F", bound=FFN[Any])
 LONGEST = 10.0
 
 
+def on_cpu(dense: DenseFFN, inputs: torch.Tensor) -> tuple[DenseFFN, torch.Tensor]:
+    """Copies of `dense` and of tokens `[S, D]` in float32 on the CPU: a start is then the same everywhere."""
+    return copy.deepcopy(dense).to("cpu", torch.float32).eval(), inputs.detach().to("cpu", torch.float32)
+
+
 def without_outliers(inputs: torch.Tensor) -> torch.Tensor:
     """Tokens `[S, D]`, those over `LONGEST` times the median length made that long: no fit is to serve these alone."""
     length = inputs.norm(dim=1, keepdim=True)
@@ -63,7 +68,7 @@ def start_module(
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(0)
         ffn = module(config).eval()
-        plain = copy.deepcopy(dense).to("cpu", torch.float32).eval()
-        start(ffn, plain, without_outliers(inputs.detach().to("cpu", torch.float32)))
+        plain, rows = on_cpu(dense, inputs)
+        start(ffn, plain, without_outliers(rows))
     like = next(dense.parameters())
     return ffn.to(like.device, like.dtype).train(dense.training)

@@ -6,6 +6,7 @@ text are kept as pairs of numerator and denominator, so that every token counts 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ class Shown(NamedTuple):
     predicted: torch.Tensor
 
 
-class Objective:
+class Objective(ABC):
     """Base of the objectives.
 
     Args:
@@ -66,17 +67,17 @@ class Objective:
         )
         return Shown(batch | {"input_ids": seen}, real, chosen)
 
+    @abstractmethod
     def loss(self, student: Any, batch: Batch) -> torch.Tensor:
         """The training loss, a scalar with a gradient; what the kinds ask for beside it is in it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sums(self, student: Any, batch: Batch, generator: torch.Generator | None = None) -> Sums:
         """What `metrics` wants to know of a batch of held-out text. Masks are drawn with `generator`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def metrics(self, sums: Sums) -> dict[str, float]:
         """Of the sums of all batches: `loss`, without what the kinds ask for, and what else there is to know."""
-        raise NotImplementedError
 
 
 class FFNRegression(Objective):
