@@ -1,7 +1,8 @@
 """Real models converted, recovered and measured: `python benchmarks/convert.py minilm CHECKPOINT`.
 
     python benchmarks/real_models.py minilm checkpoints/minilm
-    python benchmarks/convert.py minilm checkpoints/minilm --minutes 8 --name epyc-2cores
+    python benchmarks/convert.py minilm checkpoints/minilm --minutes 8 --name epyc-sentences
+    python benchmarks/convert.py minilm checkpoints/minilm --minutes 8 --name epyc-2cores --text corpus
     python benchmarks/convert.py smollm2 checkpoints/smollm2 --minutes 10 --name epyc-2cores
 
 Three parts: `quality` (dense, int8, each recipe after conversion and, for some, after `--minutes` of distillation),
@@ -16,6 +17,8 @@ is narrower.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import math
 import os
 import sys
@@ -28,7 +31,7 @@ from typing import Any
 
 import convert_speed as speed
 import torch
-from convert_quality import Perplexity, Sentences
+from convert_quality import Perplexity, Sentences, task_sentences
 
 import fastffn
 import fastffn.hf  # so that checkpoints with FastFFN kinds load
@@ -65,12 +68,15 @@ class Study:
     """What is done with a model.
 
     Attributes:
+        text: what it is calibrated and recovered on: a general `corpus`, or single `sentences` (of tasks other than
+            the one that quality is measured on).
         recipes: by name.
         together: layers that are converted together when it is measured which mind least.
         calibration, sequence: tokens, and how many in a sequence.
         distill: options of `DistillConfig`.
     """
 
+    text: str
     recipes: dict[str, Recipe]
     together: int
     calibration: int
@@ -80,6 +86,7 @@ class Study:
 
 STUDIES = {
     "minilm": Study(
+        text="sentences",
         recipes={
             "narrow 704": Recipe(NarrowConfig(width=704, drop=True), distill=True),
             "narrow 384": Recipe(NarrowConfig(width=384, drop=True)),
@@ -96,6 +103,7 @@ STUDIES = {
         distill={"sequence": 64, "batch": 16, "layer_steps": 0, "steps": 250, "learning_rate": 3e-4},
     ),
     "smollm2": Study(
+        text="corpus",
         recipes={
             "narrow 768": Recipe(NarrowConfig(width=768, drop=True)),
             "narrow 768, 9 layers": Recipe(NarrowConfig(width=768, drop=True), layers=9),
@@ -112,8 +120,8 @@ STUDIES = {
 class Bench:
     """One model's pieces, kept in one file."""
 
-    def __init__(self, model: str, directory: Path, data: Path, work: Path, results: Path) -> None:
-        self.study, self.directory, self.data, self.work, self.file = STUDIES[model], directory, data, work, results
+    def __init__(self, study: Study, directory: Path, data: Path, work: Path, results: Path) -> None:
+        self.study, self.directory, self.data, self.work, self.file = study, directory, data, work, results
         self.kept: dict[str, Any] = read_json(results) if results.is_file() else {}
         self._quality: Any = None
         self._train: Any = None  # layers are not chosen by what the models are measured on
@@ -197,8 +205,19 @@ class Bench:
     def batches(self) -> Any:
         """The calibration."""
         tokenizer = load_tokenizer(str(self.directory), end_of_text=False)
-        source = find_text(str(self.data / "corpus" / "train-000.txt.xz"))
+        source = find_text(self.text("train"))
         return text_batches(source, tokenizer, sequence=self.study.sequence, tokens=self.study.calibration)
+
+    def text(self, part: str) -> str:
+        """The file of the texts to learn from; `part` is `train` or `valid`."""
+        if self.study.text == "corpus":
+            return str(self.data / "corpus" / ("train-000.txt.xz" if part == "train" else "valid.txt.xz"))
+        file = self.work / f"sentences-{part}.jsonl"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            texts = task_sentences(self.data, "train" if part == "train" else "dev")
+            file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        return str(file)
 
     def recovered(self, student: Path, minutes: float) -> dict[str, Any]:
         """Distils for so long at most; what the run says."""
@@ -208,8 +227,8 @@ class Bench:
         config = DistillConfig(
             student=str(student),
             teacher=str(self.directory),
-            data=str(self.data / "corpus" / "train-001.txt.xz"),
-            validation=str(self.data / "corpus" / "valid.txt.xz"),
+            data=self.text("train"),
+            validation=self.text("valid"),
             **self.study.distill,
         )
         results = distill(config, student.with_name(student.name + "-run"), max_minutes=minutes)
@@ -287,6 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=list(STUDIES))
     parser.add_argument("checkpoint", type=Path, help="the dense original; see real_models.py")
+    parser.add_argument("--text", choices=["corpus", "sentences"], help="to calibrate on; the model's own by default")
     parser.add_argument("--parts", default="quality,sensitivity,speed", help="some of them, with commas")
     parser.add_argument("--minutes", type=float, default=10.0, help="of distillation for a recipe; 0: none")
     parser.add_argument("--rounds", type=int, default=20, help="of the timer")
@@ -297,7 +317,9 @@ def main() -> None:
     if data is None:
         sys.exit("FASTFFN_DATA_DIR names no folder; the texts of this benchmark are read from there.")
     results = RESULTS / f"{args.model}-{args.name}.json"
-    bench = Bench(args.model, args.checkpoint, data, args.work / args.model, results)
+    study = STUDIES[args.model]
+    study = dataclasses.replace(study, text=args.text or study.text)
+    bench = Bench(study, args.checkpoint, data, args.work / f"{args.model}-{study.text}", results)
     for part in args.parts.split(","):
         if part == "sensitivity":
             bench.sensitivities()

@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import lzma
 import math
+import random
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+
+# The columns with sentences. STS-B is left out, quality is measured on it, and MRPC, whose sentences it borrows from.
+SENTENCES = {"SST-2": (0,), "RTE": (1, 2), "CoLA": (3,)}
+# Of a task, so that the one with the most does not outweigh the others.
+MOST = 12_000
+
+
+def task_sentences(data: Path, part: str) -> list[str]:
+    """The sentences of some GLUE tasks, without labels, in a fixed random order; `part` is `train` or `dev`."""
+    texts = []
+    for task, columns in SENTENCES.items():
+        with lzma.open(data / f"glue/{task}/{part}.tsv.xz", "rt", encoding="utf-8") as file:
+            rows = [line.rstrip("\n").split("\t") for line in file]
+        rows = rows if task == "CoLA" else rows[1:]  # the others have a header
+        texts += [row[column].strip() for row in rows[:MOST] for column in columns if len(row) > max(columns)]
+    texts = [text for text in texts if text]
+    random.Random(0).shuffle(texts)
+    return texts
 
 
 class Sentences:

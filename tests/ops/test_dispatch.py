@@ -125,7 +125,10 @@ class Product:
                 gradient.clone() if needs[2] else None,
             )
 
-        return Impl(name=name, forward=forward, backward=backward)
+        def yields_backward(request: Request) -> str | None:
+            return "leaves seven rows to others" if name == "first" and request.rows == 7 else None
+
+        return Impl(name=name, forward=forward, backward=backward, yields_backward=yields_backward)
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +230,25 @@ def test_backward_takes_the_implementation_of_the_forward(product: Product, call
         y = product.op((x, x.detach(), None), (2.0,))
     y.sum().backward()
     assert [line.split()[0] for line in calls] == ["second", "second"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_each_pass_has_its_own_implementation_unless_one_is_asked_for(
+    product: Product, calls: list[str], compiled: bool
+) -> None:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return product.op((x, x.detach(), None), (2.0,))
+
+    x = torch.randn(7, requires_grad=True)
+    call = torch.compile(run, backend="aot_eager", fullgraph=True) if compiled else run
+    call(x).sum().backward()
+    assert [line.split()[0] for line in calls] == ["first", "second"]
+    calls.clear()
+    with use_backend("first"):
+        call(x).sum().backward()
+    assert [line.split()[0] for line in calls] == ["first", "first"]
+
+
+def test_the_backward_pass_yields_as_the_forward_pass_unless_it_says_otherwise() -> None:
+    impls = [impl("fast", yields="slower for so few"), impl("slow")]
+    assert select("op", impls, Request(3), backward=True).name == "slow"

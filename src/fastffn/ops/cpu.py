@@ -88,6 +88,13 @@ def compiled() -> Compiled:
 
 
 @lru_cache
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16, which torch's matrix products use."""
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return asked is not None and bool(asked())
+
+
+@lru_cache
 def activation_number(name: str) -> int:
     """The number of an activation that `ACTIVATIONS` names."""
     return _NUMBERS.index(plain_name(name))

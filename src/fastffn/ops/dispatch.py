@@ -72,6 +72,7 @@ class Impl:
         refuses: why this implementation cannot run a request, None if it can.
         yields: why it leaves a request that it could run to a later one, usually because that is faster there; None
             if it does not. Not asked when the implementation is called by name.
+        yields_backward: the same for the backward pass; None: as `yields`.
     """
 
     name: str
@@ -79,10 +80,11 @@ class Impl:
     backward: Callable[..., Tensors] = _no_backward
     refuses: Callable[[Any], str | None] = _always
     yields: Callable[[Any], str | None] = _always
+    yields_backward: Callable[[Any], str | None] | None = None
 
 
-def select(op: str, impls: Sequence[Impl], request: Any) -> Impl:
-    """The implementation that runs `request`: the first that neither refuses nor yields, else the first that can run.
+def select(op: str, impls: Sequence[Impl], request: Any, *, backward: bool = False) -> Impl:
+    """The implementation that runs a pass of `request`: the first that neither refuses nor yields, else the first able.
 
     Raises:
         BackendError: none can run, or the one that `use_backend` asks for cannot; with every reason.
@@ -92,7 +94,8 @@ def select(op: str, impls: Sequence[Impl], request: Any) -> Impl:
         return _named(op, impls, request, name)
     able = [impl for impl in impls if impl.refuses(request) is None]
     for impl in able:
-        if impl.yields(request) is None:
+        yields = impl.yields_backward if backward and impl.yields_backward is not None else impl.yields
+        if yields(request) is None:
             return impl
     if able:
         return able[0]
@@ -159,7 +162,7 @@ class Op:
         self.arguments = self._inputs + (len(options.split(",")) if options else 0)
         self._saved = saved
         self._fake = fake
-        self._chosen: dict[tuple[str | None, Any], Impl] = {}
+        self._chosen: dict[tuple[str | None, Any, bool], Impl] = {}
         self._register(tensors, options)
 
     def __call__(
@@ -180,20 +183,21 @@ class Op:
             if self._saved is not None:
                 y = y[0]
             return y if out is None else out.copy_(y)
-        impl = self.choose(self.request(*tensors, *options) if request is None else request)
+        request = self.request(*tensors, *options) if request is None else request
+        impl = self.choose(request)
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-            differentiable: torch.Tensor = _Eager.apply(self, impl, options, *tensors)
+            differentiable: torch.Tensor = _Eager.apply(impl, self.choose(request, backward=True), options, *tensors)
             return differentiable
         return _plainly(first, impl.forward, *tensors, *options, keep=False, out=out)[0]
 
-    def choose(self, request: Any) -> Impl:
+    def choose(self, request: Any, *, backward: bool = False) -> Impl:
         """What `select` says, remembered: with the few microseconds of a kernel, asking every backend again shows."""
-        key = (_asked.get(), request)
+        key = (_asked.get(), request, backward)
         impl = self._chosen.get(key)
         if impl is None:
             if len(self._chosen) >= 4096:
                 self._chosen.clear()
-            impl = self._chosen[key] = select(self.name, self.impls, request)
+            impl = self._chosen[key] = select(self.name, self.impls, request, backward=backward)
         return impl
 
     def forget(self) -> None:
@@ -236,7 +240,7 @@ class Op:
         def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
             gradient, *rest, needs = arguments
             given = rest[: len(rest) - saved]
-            impl = select(self.name, self.impls, self.request(*given))
+            impl = select(self.name, self.impls, self.request(*given), backward=True)
             gradients = _plainly(given[0], impl.backward, gradient.contiguous(), *rest, needs=tuple(needs))
             # An operator cannot return None.
             return tuple(gradient.new_empty(0) if g is None else g for g in gradients)
@@ -282,9 +286,11 @@ class _Eager(torch.autograd.Function):
     """Any operation, eagerly, with gradients."""
 
     @staticmethod
-    def forward(ctx: Any, op: Op, impl: Impl, options: tuple[Any, ...], *tensors: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        ctx: Any, impl: Impl, reverse: Impl, options: tuple[Any, ...], *tensors: torch.Tensor | None
+    ) -> torch.Tensor:
         y, *saved = _plainly(tensors[0], impl.forward, *tensors, *options, keep=True, out=None)
-        ctx.impl, ctx.options, ctx.inputs = impl, options, len(tensors)
+        ctx.reverse, ctx.options, ctx.inputs = reverse, options, len(tensors)
         ctx.save_for_backward(*tensors, *saved)
         return y
 
@@ -295,7 +301,7 @@ class _Eager(torch.autograd.Function):
         tensors, saved = kept[: ctx.inputs], kept[ctx.inputs :]
         needs = tuple(ctx.needs_input_grad[3:])
         gradients = _plainly(
-            tensors[0], ctx.impl.backward, gradient.contiguous(), *tensors, *ctx.options, *saved, needs=needs
+            tensors[0], ctx.reverse.backward, gradient.contiguous(), *tensors, *ctx.options, *saved, needs=needs
         )
         return (None, None, None, *gradients)
 

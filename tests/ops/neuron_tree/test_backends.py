@@ -15,7 +15,7 @@ from fastffn.measure.gate import gate
 from fastffn.ops import neuron_tree
 from fastffn.ops.dispatch import use_backend
 from fastffn.ops.neuron_tree import IMPLS, dense, reference, routes, torch_grouped
-from fastffn.ops.neuron_tree.request import neurons_of, path_to, request_of
+from fastffn.ops.neuron_tree.request import Request, neurons_of, path_to, request_of
 from tests.ops.neuron_tree.cases import Case, clear, exact, make
 
 # Triton's interpreter needs a thousand times as long: test_triton.py does the same with less.
@@ -208,7 +208,7 @@ def test_same_bits_from_run_to_run_where_products_use_threads(tokens: int, threa
     # As wide as products must be for torch to split them. With another number of threads bits differ; see README.md.
     case = make(tokens, d_model=384, d_out=384, depth=9, trees=1, dtype=dtype)
     gradient = torch.randn(tokens, 384).to(dtype)
-    assert not routes.walks(1500, 1, 10, 768) and routes.walks(64, 1, 10, 768)
+    assert not routes.walks(1500, 1, 10, 768, dtype) and routes.walks(64, 1, 10, 768, dtype)
 
     def run() -> list[torch.Tensor]:
         y, scores, last = torch_grouped.forward(*case, keep=True, out=None)
@@ -280,7 +280,7 @@ def test_all_ways_of_cutting_agree(monkeypatch) -> None:
     results = []
     monkeypatch.setattr(torch_grouped, "walks", lambda *_: False)
     for cut in range(1, 6):
-        monkeypatch.setattr(torch_grouped, "best_cut", lambda *_, cut=cut: cut)
+        monkeypatch.setattr(torch_grouped, "best_cut", lambda *_, cut=cut, **__: cut)
         y, scores, last = torch_grouped.forward(*case, keep=True, out=None)
         results.append([y[sure], *torch_grouped.backward(gradient, *case, scores, last, needs=(True,) * 4)])
     for other in results[1:]:
@@ -304,19 +304,42 @@ def test_dense_in_several_chunks_is_dense_in_one(monkeypatch) -> None:
     tokens=st.integers(0, 100_000),
     levels=st.integers(2, 20),
     width=st.integers(2, 20_000),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    backward=st.booleans(),
 )
-def test_the_rule_names_a_possible_cut(tokens: int, levels: int, width: int) -> None:
-    assert 1 <= routes.best_cut(tokens, levels, width) < levels
+def test_the_rule_names_a_possible_cut(
+    tokens: int, levels: int, width: int, dtype: torch.dtype, backward: bool
+) -> None:
+    assert 1 <= routes.best_cut(tokens, levels, width, dtype, backward) < levels
+
+
+def request(tokens: int, trees: int, depth: int, dtype: torch.dtype = torch.float32) -> Request:
+    return Request("cpu", dtype, tokens, trees, depth, 768, 768)
 
 
 def test_the_rule_at_the_shapes_that_matter() -> None:
-    def route(tokens: int, trees: int, depth: int) -> str:
-        return routes.cheapest(
-            request_of(*make(tokens, d_model=2, d_out=2))._replace(trees=trees, depth=depth, d_model=768, d_out=768)
-        )
+    for backward in (False, True):
+        assert {routes.cheapest(request(tokens, 1, 11), backward) for tokens in (64, 512, 4096)} == {"torch_grouped"}
+        # 128 trees of five levels: sorting 128 times costs more than evaluating all.
+        assert routes.cheapest(request(512, 128, 4), backward) == "dense"
+        assert routes.cheapest(request(512, 64, 0), backward) == "dense"
+    assert routes.walks(16, 1, 12, 1536, torch.float32) and not routes.walks(4096, 1, 12, 1536, torch.float32)
 
-    assert [route(tokens, 1, 11) for tokens in (1, 64, 512, 4096)] == ["torch_grouped"] * 4
-    assert routes.walks(16, 1, 12, 1536) and not routes.walks(4096, 1, 12, 1536)
-    # 128 trees of five levels: sorting 128 times costs more than evaluating all.
-    assert route(512, 128, 4) == "dense"
-    assert route(512, 64, 0) == "dense"
+
+def test_the_rule_knows_passes_dtypes_and_what_the_processor_multiplies(monkeypatch) -> None:
+    def compiled(request: Request, backward: bool = False) -> bool:
+        reason = routes.why_not("cpu", request, backward=backward)
+        assert reason is None or "leaves it to dense" in reason
+        return reason is None
+
+    def narrow(multiplies: bool) -> list[bool]:
+        monkeypatch.setattr(routes, "multiplies_bfloat16", lambda: multiplies)
+        return [compiled(request(2048, 64, 2, dtype)) for dtype in (torch.bfloat16, torch.float16)]
+
+    assert all(compiled(request(tokens, 1, 11), backward) for tokens in (1, 4096) for backward in (False, True))
+    # Trees of one neuron are a dense FFN; a single call of a compiled kernel is the cheaper one for a few tokens.
+    assert compiled(request(16, 64, 0)) and not compiled(request(2048, 64, 0))
+    # Backward, where products have more to do, dense overtakes earlier.
+    assert compiled(request(256, 64, 1)) and not compiled(request(256, 64, 1), backward=True)
+    assert narrow(True) == [False, True]
+    assert narrow(False) == [True, True]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
+
+from fastffn.ops.cpu import multiplies_bfloat16
 
 if TYPE_CHECKING:
     from fastffn.ops.grouped_mlp.op import Request
@@ -13,13 +14,6 @@ if TYPE_CHECKING:
 # Tokens of an MLP on average, and the smallest width of a product, from which twice the multiply-adds an instruction
 # outweigh the copies and calls of `torch_grouped`; README.md of this folder has the measurements.
 TOKENS, WIDTH = 128, 128
-
-
-@lru_cache
-def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16, which torch's matrix products use."""
-    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return asked is not None and bool(asked())
 
 
 def why_not(request: Request) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from fastffn.ops import cpu
@@ -106,8 +108,11 @@ def _refuses(request: Request) -> str | None:
     return cpu.refuses(request.device, request.dtype, request.tokens)
 
 
-def _yields(request: Request) -> str | None:
-    return why_not("cpu", request)
-
-
-IMPL = Impl(name="cpu", forward=forward, backward=backward, refuses=_refuses, yields=_yields)
+IMPL = Impl(
+    name="cpu",
+    forward=forward,
+    backward=backward,
+    refuses=_refuses,
+    yields=partial(why_not, "cpu"),
+    yields_backward=partial(why_not, "cpu", backward=True),
+)

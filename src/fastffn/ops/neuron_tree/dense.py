@@ -6,13 +6,15 @@ matrix products cheap beside everything else.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from fastffn.ops.activations import get_activation
 from fastffn.ops.dispatch import Impl, Tensors
 from fastffn.ops.neuron_tree.masked import descend, spread
 from fastffn.ops.neuron_tree.reference import score_gradient
-from fastffn.ops.neuron_tree.request import Request, accumulation_dtype, depth_of, path_to
+from fastffn.ops.neuron_tree.request import accumulation_dtype, depth_of, path_to
 from fastffn.ops.neuron_tree.routes import why_not
 
 # Scores held at once. Large enough that products run at full speed for any tree of less than 2**18 nodes.
@@ -101,8 +103,10 @@ def backward(
     )
 
 
-def _yields(request: Request) -> str | None:
-    return why_not("dense", request)
-
-
-IMPL = Impl(name="dense", forward=forward, backward=backward, yields=_yields)
+IMPL = Impl(
+    name="dense",
+    forward=forward,
+    backward=backward,
+    yields=partial(why_not, "dense"),
+    yields_backward=partial(why_not, "dense", backward=True),
+)

@@ -12,6 +12,7 @@ from run to run. The sizes of the segments are read back, once a tree: an accele
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -73,11 +74,11 @@ def forward(
     """See `reference.neuron_tree`."""
     trees, neurons, d_model = w_in.shape
     tokens, levels, d_out = len(x), depth_of(neurons) + 1, w_out.shape[2]
-    if walks(tokens, trees, levels, d_model + d_out):
+    if walks(tokens, trees, levels, d_model + d_out, x.dtype):
         return reference.forward(x, w_in, b_in, w_out, activation, straight_through, keep=keep, out=out)
     wide = accumulation_dtype(x.dtype)
     act = get_activation(activation)
-    cut = best_cut(tokens, levels, d_model + d_out)
+    cut = best_cut(tokens, levels, d_model + d_out, x.dtype)
     upper = neurons_of(cut - 1)
     subtrees = _subtrees(levels, cut, x.device)
     total: torch.Tensor | None = None
@@ -130,11 +131,11 @@ def backward(
     *,
     needs: tuple[bool, ...],
 ) -> Tensors:
-    """See `reference.backward`; sorted and cut as in the forward pass."""
+    """See `reference.backward`; tokens are sorted and trees cut as in the forward pass, at this pass's best level."""
     trees, neurons, d_model = w_in.shape
     tokens, levels, d_out = len(x), depth_of(neurons) + 1, w_out.shape[2]
     wide = scores.dtype
-    cut = best_cut(tokens, levels, d_model + d_out)
+    cut = best_cut(tokens, levels, d_model + d_out, x.dtype, backward=True)
     upper = neurons_of(cut - 1)
     subtrees = _subtrees(levels, cut, x.device)
     total: torch.Tensor | None = None
@@ -192,8 +193,11 @@ def _refuses(request: Request) -> str | None:
     return "needs a tree of at least two levels" if request.depth == 0 else None
 
 
-def _yields(request: Request) -> str | None:
-    return why_not("torch_grouped", request)
-
-
-IMPL = Impl(name="torch_grouped", forward=forward, backward=backward, refuses=_refuses, yields=_yields)
+IMPL = Impl(
+    name="torch_grouped",
+    forward=forward,
+    backward=backward,
+    refuses=_refuses,
+    yields=partial(why_not, "torch_grouped"),
+    yields_backward=partial(why_not, "torch_grouped", backward=True),
+)
