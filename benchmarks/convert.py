@@ -100,7 +100,7 @@ STUDIES = {
         together=1,
         calibration=32768,
         sequence=64,
-        distill={"sequence": 64, "batch": 16, "layer_steps": 0, "steps": 250, "learning_rate": 3e-4},
+        distill={"sequence": 64, "batch": 64, "layer_steps": 0, "steps": 250, "learning_rate": 1e-4},
     ),
     "smollm2": Study(
         text="corpus",
