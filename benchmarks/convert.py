@@ -162,6 +162,9 @@ class Bench:
         self.piece("quality", "dense, int8", lambda: self.quality(speed.int8(self.load(self.directory))))
         for name, recipe in self.study.recipes.items():
             self.piece("quality", name, lambda name=name: self.quality(self.model(name)))
+            if recipe.layers is None and not isinstance(recipe.config, MoEConfig):
+                both = f"{name}, int8"
+                self.piece("quality", both, lambda name=name: self.quality(speed.int8(self.model(name))))
             if recipe.distill and minutes:
                 student = self.student(name)
                 self.piece("distilled", name, lambda student=student: self.recovered(student, minutes))

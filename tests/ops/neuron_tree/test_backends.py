@@ -173,7 +173,7 @@ def test_bad_values_stay_in_their_token(impl, case: Case, bad: float, where: int
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_a_score_of_exactly_zero_goes_left(impl, cut: int, monkeypatch) -> None:
     monkeypatch.setattr(torch_grouped, "walks", lambda *_: False)
-    monkeypatch.setattr(torch_grouped, "best_cut", lambda *_: cut)
+    monkeypatch.setattr(torch_grouped, "best_cut", lambda *_, **__: cut)
     case = make(50, depth=3, trees=1)
     case.w_in.zero_()
     case.b_in.zero_()

@@ -32,7 +32,7 @@ def peak(tokens: int, *, backward: bool) -> int:
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_token_needs_memory_for_what_it_visits(backward: bool, monkeypatch) -> None:
     # One cut for both, the middle: 127 neurons above and 127 below, of 16,383.
-    monkeypatch.setattr(torch_grouped, "best_cut", lambda *_: 7)
+    monkeypatch.setattr(torch_grouped, "best_cut", lambda *_, **__: 7)
     monkeypatch.setattr(torch_grouped, "walks", lambda *_: False)
     few, many = peak(2000, backward=backward), peak(6000, backward=backward)
     each = (many - few) / 4000
