@@ -7,7 +7,7 @@ import torch
 
 from fastffn.convert.fresh import GPT2Shape, fresh_gpt2
 from fastffn.experiments.recipes import recipes
-from fastffn.experiments.run_cost import Price, curve, flops_of, record_of
+from fastffn.experiments.run_cost import Price, curve, flops_of, record_of, seconds_of
 from fastffn.measure.flops import count_flops, step_flops
 from fastffn.train.config import PretrainConfig, get_preset
 from fastffn.train.pretrain import pretrain
@@ -22,10 +22,10 @@ def test_every_recipe_makes_a_run_and_has_a_price(name) -> None:
     recipe = recipes()[name]
     run = recipe.run(config, steps=100, rate=1e-3, seed=7)
     assert (run.seed, run.steps, run.learning_rate, run.baseline) == (7, 100, 1e-3, False)
-    assert recipe.dense == (not run.two_stage)
+    assert recipe.dense == (not run.two_stage and run.d_hidden is None)
     price = flops_of(run, 300)
     assert 0 < price.factorised <= price.dense
-    assert (price.factorised == price.dense) == recipe.dense
+    assert (price.factorised == price.dense) == (not run.two_stage)
     # Neurons are woken by copying.
     assert (price.merge > 0) == (recipe.ffn in ("low_rank", "block"))
     rate = None if recipe.factors_rate == 1 else 1e-3 * recipe.factors_rate
@@ -47,6 +47,18 @@ def test_prices_by_hand() -> None:
     first_dense = flops_of(recipes()["first-dense"].run(config, steps=10, rate=1e-3, seed=0), 300)
     assert (first_dense.merge, first_dense.start) == (price.merge / 2, price.start / 2)
     assert first_dense.factorised == (price.dense + price.factorised) / 2
+
+
+def test_a_smaller_dense_model_has_its_own_price(tmp_path) -> None:
+    config = PretrainConfig.from_flat(get_preset("small") | SHAPE)
+    runs = {name: recipes()[name].run(config, steps=10, rate=1e-3, seed=0) for name in ("dense", "half-stays-2x")}
+    assert runs["half-stays-2x"].d_hidden == 32
+    prices = {name: flops_of(run, 300).dense for name, run in runs.items()}
+    # Two layers of two maps, half of 64 neurons, forward and backward.
+    assert prices["dense"] - prices["half-stays-2x"] == 4 * 16 * 2 * 2 * (16 * 32) * 2 * 3
+    seconds = seconds_of(runs, 300, tmp_path)
+    assert set(seconds["steps"]) == {"dense", "half-stays-2x"}
+    assert seconds["prices"]["half-stays-2x"] != seconds["prices"]["dense"]
 
 
 def test_decompositions_count() -> None:

@@ -17,7 +17,7 @@ class Recipe:
         name: of its cells and its runs.
         ffn: kind of stage 1, or `dense`.
         rank: over d_model; None: the kind has none.
-        width: of the kind `narrow`, over d_model.
+        width: over d_model, of the kind `narrow`; of a dense one that is a smaller model, and stays so.
         options: of that kind, others than these.
         changes: fields of the run that differ from the others'.
         factors_rate: learning rate of the factors over that of the rest.
@@ -35,16 +35,20 @@ class Recipe:
 
     @property
     def dense(self) -> bool:
-        """Whether it has no other stage."""
-        return self.ffn == "dense"
+        """Whether it trains the whole model in one stage."""
+        return self.ffn == "dense" and self.width is None
 
     def run(self, config: PretrainConfig, *, steps: int, rate: float, seed: int) -> PretrainConfig:
         """The run of so many steps at the peak learning rate `rate`."""
-        options = dict(self.options)
+        options, changes = dict(self.options), dict(self.changes)
         if self.rank is not None:
             options["rank"] = max(1, round(self.rank * config.d_model))
         if self.width is not None:
-            options["width"] = max(1, round(self.width * config.d_model))
+            width = max(1, round(self.width * config.d_model))
+            if self.ffn == "dense":
+                changes["d_hidden"] = width
+            else:
+                options["width"] = width
         return dataclasses.replace(
             config,
             ffn=self.ffn,
@@ -56,7 +60,7 @@ class Recipe:
             dense_learning_rate=None,
             factor_learning_rate=None if self.factors_rate == 1 else self.factors_rate * rate,
             seed=seed,
-            **self.changes,
+            **changes,
         )
 
 
@@ -83,6 +87,18 @@ def recipes() -> dict[str, Recipe]:
         # The knob that two-stage recipes have.
         Recipe("dense-ffn-2x", "dense", None, factors_rate=2.0, note="FFNs at twice the rate"),
         Recipe("dense-ffn-4x", "dense", None, factors_rate=4.0, note="FFNs at four times the rate"),
+        # Controls: if these win, the model was too large for the budget, and no first stage is needed.
+        Recipe(
+            "half-stays-2x", "dense", None, 2.0, factors_rate=2.0, note="a model of 2 d neurons, FFNs at twice the rate"
+        ),
+        Recipe(
+            "quarter-stays-2x",
+            "dense",
+            None,
+            1.0,
+            factors_rate=2.0,
+            note="a model of d neurons, FFNs at twice the rate",
+        ),
         _low_rank("naive", "rank d/4, switch after 60 %"),
         _low_rank("rank-1", "rank 1", rank=0.0),
         _low_rank("rank-8th", "rank d/8", rank=1 / 8),

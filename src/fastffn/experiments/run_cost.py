@@ -64,7 +64,7 @@ def seconds_of(runs: Mapping[str, PretrainConfig], vocabulary: int, directory: P
     """Times the steps of runs, alternating in one process, and the switches of each.
 
     Args:
-        runs: by name; all of one shape.
+        runs: by name, the first dense; all of one shape but for the width of smaller dense models.
         vocabulary: number of tokens.
         directory: for runs of a few steps, from which the seconds of a switch are taken.
 
@@ -76,6 +76,8 @@ def seconds_of(runs: Mapping[str, PretrainConfig], vocabulary: int, directory: P
     for name, run in runs.items():
         if run.ffn != "dense":
             models[name] = fresh_gpt2(run.shape(vocabulary), run.ffn_config(), dense_layers=run.dense_layers or 0)
+        elif run.d_hidden != first.d_hidden:
+            models[name] = fresh_gpt2(run.shape(vocabulary))
     batch, timings = compare_steps(
         models,
         sequence=first.sequence,
@@ -90,7 +92,8 @@ def seconds_of(runs: Mapping[str, PretrainConfig], vocabulary: int, directory: P
         # Where the whole batch would take long, a part of it was timed.
         dense = timings["dense"].median * run.batch / batch
         if run.ffn == "dense":
-            prices[name] = Price(dense, dense, 0.0, 0.0)
+            own = timings.get(name, timings["dense"]).median * run.batch / batch
+            prices[name] = Price(own, own, 0.0, 0.0)
             continue
         start, merge = _switch_seconds(run, vocabulary, directory / name)
         prices[name] = Price(dense, timings[name].median * run.batch / batch, start, merge)
