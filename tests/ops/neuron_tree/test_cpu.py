@@ -199,13 +199,13 @@ def test_several_python_threads_at_once() -> None:
 
 
 def test_many_shallow_trees_are_left_to_dense() -> None:
-    def chosen(tokens: int, trees: int, depth: int, width: int = 768) -> str:
-        return NEURON_TREE.choose(Request("cpu", torch.float32, tokens, trees, depth, width, width)).name
+    def chosen(tokens: int, trees: int, depth: int) -> str:
+        return NEURON_TREE.choose(Request("cpu", torch.float32, tokens, trees, depth, 768, 768)).name
 
     assert {chosen(tokens, 1, 11) for tokens in (1, 64, 4096)} == {"cpu"}
     assert {chosen(tokens, 128, 4) for tokens in (1, 64, 4096)} == {"cpu"}
     assert chosen(1, 256, 0) == "cpu" and chosen(256, 256, 0) == "dense"
-    assert chosen(256, 512, 1, 128) == "dense"
+    assert chosen(2048, 64, 1) == "dense"
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:
