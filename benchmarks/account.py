@@ -9,8 +9,9 @@ that take turns too, float32 and bfloat16.
     output      what a fresh output takes more than one that is given (`out=`): page faults, where it is large
 
 and beside them `products`, these multiply-adds at the rate of a large product in this dtype, and `reading`, the
-distinct rows of all paths once, at the rate at which a sum reads all weights. Medians of alternating blocks, in
-microseconds. Writes `benchmarks/results/account/<NAME>.json`.
+distinct rows of all paths once, at the rate at which all weights are read in order. Medians of alternating blocks, in
+microseconds. Then one token again: the module, the operation, the kernel alone. Writes
+`benchmarks/results/account/<NAME>.json`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import fastffn
 from fastffn.convert.files import write_json
 from fastffn.measure.machine import describe_machine
 from fastffn.measure.timer import alternate
-from fastffn.ops import neuron_tree
+from fastffn.ops import cpu, neuron_tree
 
 RESULTS = Path(__file__).parent / "results" / "account"
 TOKENS = (1, 8, 64, 512, 4096, 16384)
@@ -100,6 +101,28 @@ def account(tokens: int, layers: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def one_token() -> dict[str, float]:
+    """Of the whole module, the operation and the compiled kernel, each on the same token again and again."""
+    ffn = tree(torch.float32).eval()
+    x, y = torch.randn(1, D), torch.empty(1, D)
+    weights = (ffn.w_in.detach(), ffn.b_in.detach(), ffn.w_out.detach())
+    module, isa = cpu.compiled()
+    addresses = [tensor.data_ptr() for tensor in (x, *weights)]
+    sizes = (1, 1, DEPTH + 1, D, D, D, torch.get_num_threads())
+    number = cpu.activation_number(ffn.config.activation)
+    found = alternate(
+        {
+            "module": lambda: ffn(x),
+            "operation": lambda: neuron_tree(x, *weights),
+            "kernel": lambda: module.tree_forward(isa, 0, number, *addresses, 0, 0, y.data_ptr(), 0, 0, *sizes),
+        },
+        rounds=200,
+        block=100,
+    )
+    return {name: 1e6 * timing.median for name, timing in found.items()}
+
+
 def main() -> None:
     """Each dtype, stack and number of tokens."""
     torch.manual_seed(0)
@@ -112,9 +135,11 @@ def main() -> None:
         for tokens in TOKENS
         if layers == 1 or tokens <= 512
     ]
+    token = one_token()
     name = sys.argv[1] if len(sys.argv) > 1 else "here"
-    write_json(RESULTS / f"{name}.json", {"microseconds": rows, "machine": describe_machine()})
+    write_json(RESULTS / f"{name}.json", {"microseconds": rows, "one token": token, "machine": describe_machine()})
     print(tabulate(rows, headers="keys", floatfmt=".3g", tablefmt="github"))
+    print(tabulate([token], headers="keys", floatfmt=".3g", tablefmt="github"))
 
 
 if __name__ == "__main__":

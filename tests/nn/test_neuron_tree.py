@@ -4,9 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
 
-from fastffn import DenseConfig, NeuronTreeConfig, NeuronTreeFFN, build
+from fastffn import DenseConfig, NeuronTreeConfig, NeuronTreeFFN, build, ops
 from fastffn.errors import CheckpointError, ConfigError, FastFFNError
 from fastffn.measure.flops import layer_flops
 from fastffn.ops.neuron_tree import reference
@@ -235,3 +238,20 @@ def test_starts() -> None:
     assert float(published.w_out.detach().abs().max()) == pytest.approx(28**-0.5, rel=0.01)
     with pytest.raises(ConfigError, match="start is 'gpt'; it must be one of published, normal"):
         NeuronTreeConfig(start="gpt")
+
+
+def test_weights_that_somebody_else_keeps_are_used() -> None:
+    class Double(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return 2 * weight
+
+    ffn = NeuronTreeFFN(NeuronTreeConfig(d_model=6, depth=3)).eval()
+    x = torch.randn(20, 6)
+    expected = ops.neuron_tree(x, 2 * ffn.w_in, ffn.b_in, ffn.w_out)
+    called = functional_call(ffn, {"w_in": 2 * ffn.w_in}, (x,))
+    parametrize.register_parametrization(ffn, "w_in", Double())
+    torch.testing.assert_close(ffn(x), expected)
+    torch.testing.assert_close(called, expected)
+    prune.l1_unstructured(ffn, "w_out", 0.5)
+    assert not ffn.w_out.all()
+    torch.testing.assert_close(ffn(x), ops.neuron_tree(x, ffn.w_in, ffn.b_in, ffn.w_out))

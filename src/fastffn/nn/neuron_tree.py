@@ -148,11 +148,16 @@ class NeuronTreeFFN(FFN[NeuronTreeConfig]):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., D] -> [..., O]`."""
         self.check_input(x)
+        # A kernel takes as long as two lookups by nn.Module, which first look everywhere else.
+        own = self._parameters
+        w_in, b_in, w_out = own.get("w_in"), own.get("b_in"), own.get("w_out")
+        if w_in is None or b_in is None or w_out is None:  # pruned, parametrised, or somebody else's for the moment
+            w_in, b_in, w_out = self.w_in, self.b_in, self.w_out
         y = ops.neuron_tree(
             x,
-            self.w_in,
-            self.b_in,
-            self.w_out,
+            w_in,
+            b_in,
+            w_out,
             self.config.activation,
             straight_through=self.config.straight_through,
         )
