@@ -98,3 +98,11 @@ def test_models_and_texts_that_cannot_be_measured() -> None:
         Budget(max_loss_increase=0.1).meter(make("bert"), batches())
     with pytest.raises(ConversionError, match="held-out text has 0 tokens"):
         Budget(max_loss_increase=0.1).meter(make("gpt2"), [])
+
+
+def test_a_subclass_of_a_language_model_is_one() -> None:
+    model = make("qwen2")
+    model.__class__ = type("MyModel", (type(model),), {})
+    assert Budget(max_loss_increase=0.1).meter(model, batches()).dense == (
+        Budget(max_loss_increase=0.1).meter(make("qwen2"), batches()).dense
+    )

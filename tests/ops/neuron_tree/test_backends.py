@@ -319,7 +319,7 @@ def request(tokens: int, trees: int, depth: int, dtype: torch.dtype = torch.floa
 
 def test_the_rule_at_the_shapes_that_matter() -> None:
     for backward in (False, True):
-        assert {routes.cheapest(request(tokens, 1, 11), backward) for tokens in (64, 512, 4096)} == {"torch_grouped"}
+        assert {routes.cheapest(request(tokens, 1, 11), backward) for tokens in (1, 64, 512, 4096)} == {"torch_grouped"}
         # 128 trees of five levels: sorting 128 times costs more than evaluating all.
         assert routes.cheapest(request(512, 128, 4), backward) == "dense"
         assert routes.cheapest(request(512, 64, 0), backward) == "dense"

@@ -71,7 +71,7 @@ class Budget:
         Raises:
             ConversionError: the model is none of the sort that the budget is made for, or the text has too few tokens.
         """
-        causal = is_causal(type(model).__name__)
+        causal = any(is_causal(kind.__name__) for kind in type(model).__mro__)
         if self.max_loss_increase is not None and not causal:
             raise ConversionError(
                 f"{type(model).__name__} is no causal language model, whose loss could be measured on plain text; give "
