@@ -50,16 +50,19 @@ void tree_backward(int isa, int dtype, int activation, bool straight_through, Ad
 }
 
 void mlp_forward(int isa, int dtype, int activation, Address x, Address index, Address up_weight, Address up_bias,
-                 Address down_weight, Address down_bias, Address gate_weight, Address gate_bias, Address y,
-                 Address order, Address ends, Address up, Address gate, std::int64_t tokens, std::int64_t mlps,
-                 std::int64_t d_in, std::int64_t hidden, std::int64_t d_out, std::int64_t x_stride, int threads) {
+                 Address down_weight, Address down_bias, Address gate_weight, Address gate_bias, Address up_scale,
+                 Address down_scale, Address gate_scale, Address y, Address order, Address ends, Address up,
+                 Address gate, std::int64_t tokens, std::int64_t mlps, std::int64_t d_in, std::int64_t hidden,
+                 std::int64_t d_out, std::int64_t x_stride, int threads) {
     const fastffn::MlpForward args{at<const void>(x), at<const std::int64_t>(index), at<const void>(up_weight),
                                    at<const void>(up_bias), at<const void>(down_weight), at<const void>(down_bias),
-                                   at<const void>(gate_weight), at<const void>(gate_bias), at<void>(y),
+                                   at<const void>(gate_weight), at<const void>(gate_bias), at<const void>(up_scale),
+                                   at<const void>(down_scale), at<const void>(gate_scale), at<void>(y),
                                    at<std::int64_t>(order), at<std::int32_t>(ends), at<void>(up), at<void>(gate),
                                    tokens, mlps, d_in, hidden, d_out, x_stride, activation, threads};
     nb::gil_scoped_release released;
-    fastffn::isa_kernels(isa)->mlp->forward[dtype](args);
+    const fastffn::MlpKernels& kernels = *fastffn::isa_kernels(isa)->mlp;
+    (up_scale ? kernels.forward_int8 : kernels.forward)[dtype](args);
 }
 
 void mlp_backward(int isa, int dtype, int activation, Address gradient, Address x, Address up_weight,

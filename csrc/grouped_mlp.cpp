@@ -155,8 +155,9 @@ inline void dots_of(const T* rows, i64 stride, i64 depth, const V* const* vector
 }
 
 // `rows` rows of weights times a few vectors: give(n, row, W results, how many of them).
-template <class T, class V, class Give>
-inline void few(const T* weights, i64 rows, i64 depth, const T* bias, const V* const* vectors, i64 count, Give give) {
+template <class T, class B, class V, class Give>
+inline void few(const T* weights, i64 rows, i64 depth, const B* scale, const B* bias, const V* const* vectors,
+                i64 count, Give give) {
     vf parts[kFew][W];
     const i64 unit = static_cast<i64>(sizeof(T));
     const i64 ahead = (kStreams * depth * unit > kAhead ? kStreams * depth * unit : kAhead) / unit;
@@ -170,6 +171,7 @@ inline void few(const T* weights, i64 rows, i64 depth, const T* bias, const V* c
         for (i64 n = 0; n < count; ++n) {
             for (r = here; r < W; ++r) parts[n][r] = vf{};
             vf result = sums(parts[n]);
+            if (scale) result *= load_some(scale + row, here);
             if (bias) result += load_some(bias + row, here);
             give(n, row, result, here);
         }
@@ -181,10 +183,29 @@ inline int threads_for(i64 blocks, i64 tokens, i64 weights, int threads) {
     return (4 * blocks + tokens) * weights < (i64{1} << 17) ? 1 : threads;
 }
 
-template <class T>
+// One of the linear maps of all MLPs: weights of dtype S, which have scales if that is int8.
+template <class T, class S>
+struct Map {
+    const S* weight;
+    const T *bias, *scale;
+
+    Map(const void* weights, const void* biases, const void* scales)
+        : weight(static_cast<const S*>(weights)),
+          bias(static_cast<const T*>(biases)),
+          scale(static_cast<const T*>(scales)) {}
+
+    // The rows from number `row` on, counted over all MLPs.
+    Map from(i64 row, i64 depth) const {
+        return {weight + row * depth, bias ? bias + row : nullptr, scale ? scale + row : nullptr};
+    }
+};
+
+// Tokens, biases and outputs are of dtype T, weights of dtype S.
+template <class T, class S>
 struct Forward {
     const fastffn::MlpForward& a;
-    const T *x, *up_weight, *up_bias, *down_weight, *down_bias, *gate_weight, *gate_bias;
+    const T* x;
+    Map<T, S> up_map, down_map, gate_map;
     T* y;
     i64 stride;  // of the rows of hidden activations
     Activation activation;
@@ -193,12 +214,9 @@ struct Forward {
     explicit Forward(const fastffn::MlpForward& args)
         : a(args),
           x(static_cast<const T*>(args.x)),
-          up_weight(static_cast<const T*>(args.up_weight)),
-          up_bias(static_cast<const T*>(args.up_bias)),
-          down_weight(static_cast<const T*>(args.down_weight)),
-          down_bias(static_cast<const T*>(args.down_bias)),
-          gate_weight(static_cast<const T*>(args.gate_weight)),
-          gate_bias(static_cast<const T*>(args.gate_bias)),
+          up_map(args.up_weight, args.up_bias, args.up_scale),
+          down_map(args.down_weight, args.down_bias, args.down_scale),
+          gate_map(args.gate_weight, args.gate_bias, args.gate_scale),
           y(static_cast<T*>(args.y)),
           stride(padded(args.hidden)),
           activation(static_cast<Activation>(args.activation)) {}
@@ -262,15 +280,24 @@ struct Forward {
         }
     }
 
-    void linear(const T* weights, const T* bias, i64 depth, i64 column, i64 width, const float* const* rows, i64 count,
-                auto* const* to, i64 stored) const {
-        float padded_bias[kPanel] = {};
-        if (bias) widen_row(bias + column, padded_bias, width);
+    // `width` rows of weights, as the columns of a panel, times the rows of a block.
+    void linear(const Map<T, S>& map, i64 depth, i64 width, const float* const* rows, i64 count, auto* const* to,
+                i64 stored) const {
+        float padded_bias[kPanel] = {}, padded_scale[kPanel] = {};
+        if (map.bias) widen_row(map.bias, padded_bias, width);
+        if (map.scale) widen_row(map.scale, padded_scale, width);
         const auto pack = [&](i64 k, i64 deep, float* panel) {
             const i64 ahead = k + deep < depth ? deep : width * depth - k;
-            pack_transposed(weights + column * depth + k, depth, width, deep, panel, ahead);
+            pack_transposed(map.weight + k, depth, width, deep, panel, ahead);
+            if (!map.scale) return;
+            const i64 across = vectors_of(width) * W;
+            for (i64 row = 0; row < deep; ++row)
+                for (i64 at = 0; at < across; at += W) {
+                    float* own = panel + row * across + at;
+                    store(own, load(own) * load(padded_scale + at));
+                }
         };
-        product(pack, rows_of(rows), count, depth, stored, bias ? padded_bias : nullptr, to);
+        product(pack, rows_of(rows), count, depth, stored, map.bias ? padded_bias : nullptr, to);
     }
 
     // Hidden neurons [column, end) of a block; rows of `hidden` and `gate` are the block's.
@@ -279,13 +306,13 @@ struct Forward {
         if (by_rows(block.count, a.d_in)) {
             const T* rows[kFew];
             for (i64 i = 0; i < block.count; ++i) rows[i] = x + plan.order[block.begin + i] * a.x_stride;
-            const auto run = [&](const T* weights, const T* bias, float* to) {
-                const T* own_bias = bias ? bias + offset + column : nullptr;
-                few(weights + (offset + column) * a.d_in, end - column, a.d_in, own_bias, rows, block.count,
+            const auto run = [&](const Map<T, S>& all, float* to) {
+                const Map<T, S> map = all.from(offset + column, a.d_in);
+                few(map.weight, end - column, a.d_in, map.scale, map.bias, rows, block.count,
                     [&](i64 n, i64 row, vf result, i64) { store(to + n * stride + column + row, result); });
             };
-            run(up_weight, up_bias, hidden);
-            if (gate) run(gate_weight, gate_bias, gate);
+            run(up_map, hidden);
+            if (gate) run(gate_map, gate);
             activate_columns(block, column, end - column, hidden, gate);
             return;
         }
@@ -293,15 +320,14 @@ struct Forward {
         inputs(block, rows);
         for (; column < end; column += kPanel) {
             const i64 width = least(kPanel, end - column);
-            const auto run = [&](const T* weights, const T* bias, float* into) {
+            const auto run = [&](const Map<T, S>& all, float* into) {
                 float* to[kBlock];
                 for (i64 i = 0; i < block.count; ++i) to[i] = into + i * stride + column;
                 // Whole vectors: what stands behind the last neuron is then a number too.
-                linear(weights + offset * a.d_in, bias ? bias + offset : nullptr, a.d_in, column, width, rows,
-                       block.count, to, vectors_of(width) * W);
+                linear(all.from(offset + column, a.d_in), a.d_in, width, rows, block.count, to, vectors_of(width) * W);
             };
-            run(up_weight, up_bias, hidden);
-            if (gate) run(gate_weight, gate_bias, gate);
+            run(up_map, hidden);
+            if (gate) run(gate_map, gate);
             activate_columns(block, column, width, hidden, gate);
         }
     }
@@ -309,7 +335,6 @@ struct Forward {
     // Outputs [column, end) of a block.
     void down(const Block& block, i64 column, i64 end, const float* hidden) const {
         const i64 offset = block.mlp * a.d_out;
-        const T* bias = down_bias ? down_bias + offset : nullptr;
         const float* rows[kBlock];
         T* to[kBlock];
         for (i64 i = 0; i < block.count; ++i) {
@@ -317,14 +342,14 @@ struct Forward {
             to[i] = y + plan.order[block.begin + i] * a.d_out + column;
         }
         if (by_rows(block.count, a.hidden)) {
-            const T* own_bias = bias ? bias + column : nullptr;
-            few(down_weight + (offset + column) * a.hidden, end - column, a.hidden, own_bias, rows, block.count,
+            const Map<T, S> map = down_map.from(offset + column, a.hidden);
+            few(map.weight, end - column, a.hidden, map.scale, map.bias, rows, block.count,
                 [&](i64 n, i64 row, vf result, i64 valid) { store_some(to[n] + row, result, valid); });
             return;
         }
         for (; column < end; column += kPanel) {
             const i64 width = least(kPanel, end - column);
-            linear(down_weight + offset * a.hidden, bias, a.hidden, column, width, rows, block.count, to, width);
+            linear(down_map.from(offset + column, a.hidden), a.hidden, width, rows, block.count, to, width);
             for (i64 i = 0; i < block.count; ++i) to[i] += width;
         }
     }
@@ -338,14 +363,14 @@ struct Forward {
             for (i64 number = 0; number < plan.count; ++number) {
                 const Block& block = plan.blocks[number];
                 float* hidden = scratch_of<float>(kHidden, block.count * stride);
-                float* gate = gate_weight ? scratch_of<float>(kGate, block.count * stride) : nullptr;
+                float* gate = gate_map.weight ? scratch_of<float>(kGate, block.count * stride) : nullptr;
                 up(block, 0, a.hidden, hidden, gate);
                 down(block, 0, a.d_out, hidden);
             }
         } else {
             // Too few blocks to give every thread its share: they are divided by columns.
             float* hidden = scratch_of<float>(kHidden, a.tokens * stride);
-            float* gate = gate_weight ? scratch_of<float>(kGate, a.tokens * stride) : nullptr;
+            float* gate = gate_map.weight ? scratch_of<float>(kGate, a.tokens * stride) : nullptr;
             const i64 ups = (a.hidden + kPanel - 1) / kPanel, downs = (a.d_out + kPanel - 1) / kPanel;
 #pragma omp parallel num_threads(threads) if (threads > 1)
             {
@@ -368,7 +393,7 @@ struct Forward {
     }
 };
 
-template <class T>
+template <class T, class S>
 void forward(const fastffn::MlpForward& args) {
     if (args.tokens == 0) {
         if (args.ends) std::memset(args.ends, 0, static_cast<std::size_t>(args.mlps) * sizeof(i32));
@@ -378,7 +403,7 @@ void forward(const fastffn::MlpForward& args) {
     const std::size_t saved = static_cast<std::size_t>(args.tokens * args.hidden) * sizeof(T);
     fastffn::prefer_large_pages(args.up, saved);
     fastffn::prefer_large_pages(args.gate, saved);
-    Forward<T>(args).run();
+    Forward<T, S>(args).run();
 }
 
 // Backward. First, by blocks of tokens: the gradients of what the activation got (kept, as floats, for all tokens), and
@@ -627,7 +652,8 @@ void backward(const fastffn::MlpBackward& args) {
 }
 
 const fastffn::MlpKernels kKernels = {
-    {forward<float>, forward<bfloat16>, forward<float16>},
+    {forward<float, float>, forward<bfloat16, bfloat16>, forward<float16, float16>},
+    {forward<float, std::int8_t>, forward<bfloat16, std::int8_t>, forward<float16, std::int8_t>},
     {backward<float>, backward<bfloat16>, backward<float16>},
 };
 

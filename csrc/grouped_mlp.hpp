@@ -17,6 +17,9 @@ struct MlpForward {
     const void* down_bias;      // [E, O], or null
     const void* gate_weight;    // [E, H, D], or null
     const void* gate_bias;      // [E, H], or null
+    const void* up_scale;       // [E, H]; with int8 weights only: each row's numbers are multiplied by its scale
+    const void* down_scale;     // [E, O]
+    const void* gate_scale;     // [E, H]
     void* y;                    // [T, O]
     std::int64_t* order;        // [T], or null where no gradient is asked; so the next three
     std::int32_t* ends;         // [E]
@@ -51,6 +54,7 @@ struct MlpBackward {
 
 struct MlpKernels {
     void (*forward[3])(const MlpForward&);  // by Dtype
+    void (*forward_int8[3])(const MlpForward&);
     void (*backward[3])(const MlpBackward&);
 };
 

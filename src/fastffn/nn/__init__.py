@@ -5,6 +5,7 @@ from fastffn.nn.base import FFN, FFNConfig, MergedTensor
 from fastffn.nn.block import BlockConfig, BlockFFN
 from fastffn.nn.build import build
 from fastffn.nn.dense import DenseConfig, DenseFFN
+from fastffn.nn.int8 import Int8Config, Int8FFN
 from fastffn.nn.int8_neuron_tree import Int8NeuronTree
 from fastffn.nn.leaf_tree import LeafTreeConfig, LeafTreeFFN
 from fastffn.nn.leaf_updates import LeafUpdates
@@ -20,6 +21,8 @@ __all__ = [
     "DenseConfig",
     "DenseFFN",
     "FFNConfig",
+    "Int8Config",
+    "Int8FFN",
     "Int8NeuronTree",
     "LeafTreeConfig",
     "LeafTreeFFN",

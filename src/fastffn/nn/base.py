@@ -48,6 +48,9 @@ class FFNConfig:
         {"d_model", "d_out", "d_hidden", "activation", "dropout", "bias", "gated"}
     )
 
+    # Whether a module of this kind has weights that learn; else it is made from another one, to infer with.
+    TRAINS: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         """Checks each field on its own; what depends on widths is checked once they are known."""
         for name in ("d_model", "d_out", "d_hidden"):
@@ -229,8 +232,8 @@ class FFN(nn.Module, Generic[C]):
             KindError: this kind cannot be split so.
         """
         raise KindError(
-            f"{cls.__name__} has no tensor-parallel plan. torch.distributed.fsdp.fully_shard shards every kind; dense "
-            "and low_rank have plans."
+            f"{cls.__name__} has no tensor-parallel plan. torch.distributed.fsdp.fully_shard shards every kind that "
+            "is trained; dense and low_rank have plans."
         )
 
     def check_input(self, x: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastffn import ops
 from fastffn.nn.neuron_tree import NeuronTreeConfig, NeuronTreeFFN
-from fastffn.ops.neuron_tree_int8.reference import quantize_rows
+from fastffn.ops.int8 import quantize_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,9 +11,9 @@ import fastffn
 from fastffn.errors import BackendError, DeviceError, DtypeError, ShapeError
 from fastffn.measure.gate import gate
 from fastffn.ops import cpu, neuron_tree_int8
+from fastffn.ops.int8 import quantize_rows
 from fastffn.ops.neuron_tree import reference
 from fastffn.ops.neuron_tree_int8 import IMPLS
-from fastffn.ops.neuron_tree_int8.reference import quantize_rows
 from tests.ops.isa import instruction_set
 from tests.ops.neuron_tree.cases import Case, clear, exact, make
 

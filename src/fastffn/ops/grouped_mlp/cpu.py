@@ -29,14 +29,15 @@ def forward(
     gate_bias: torch.Tensor | None,
     activation: str,
     *,
+    scales: Tensors = (None, None, None),
     keep: bool,
     out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ...]:
-    """See `reference.py`."""
+    """See `reference.py`; `scales`, of `up`, `down` and `gate`, come with int8 weights."""
     module, isa = cpu.compiled()
     x, index = cpu.rows(x), index.long().contiguous()
     # Named, so that what is a copy lives until the kernel is done.
-    weights = [_contiguous(t) for t in (up_weight, up_bias, down_weight, down_bias, gate_weight, gate_bias)]
+    weights = [_contiguous(t) for t in (up_weight, up_bias, down_weight, down_bias, gate_weight, gate_bias, *scales)]
     tokens, d_model = x.shape
     mlps, width, _ = up_weight.shape
     d_out = down_weight.shape[1]

@@ -140,7 +140,7 @@ def grouped_mlp(
     Gradient: to `x` and all weights; the index has none. Deterministic.
     """
     tensors = (x, index, up_weight, up_bias, down_weight, down_bias, gate_weight, gate_bias)
-    _check(tensors, out)
+    check(tensors, out)
     get_activation(activation)
     return OP(autocast(*tensors), (activation,), out)
 
@@ -149,7 +149,12 @@ def _autocast_on(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _check(tensors: tuple[torch.Tensor | None, ...], out: torch.Tensor | None) -> None:
+def check(
+    tensors: tuple[torch.Tensor | None, ...],
+    out: torch.Tensor | None,
+    scales: tuple[torch.Tensor | None, ...] | None = None,
+) -> None:
+    """Refuses what does not fit; weights have the dtype of `x`, or with `scales` (of up, down and gate) int8."""
     x, index, up_weight, up_bias, down_weight, down_bias, gate_weight, gate_bias = tensors
     assert x is not None and index is not None and up_weight is not None and down_weight is not None
     if up_weight.dim() != 3 or 0 in up_weight.shape:
@@ -173,6 +178,16 @@ def _check(tensors: tuple[torch.Tensor | None, ...], out: torch.Tensor | None) -
         "gate_bias": (gate_bias, (mlps, width)),
         "out": (out, (tokens, d_out)),
     }
+    if scales is not None:
+        weights = (up_weight, down_weight, gate_weight)
+        for name, scale, weight, rows in zip(
+            ("up", "down", "gate"), scales, weights, (width, d_out, width), strict=True
+        ):
+            if (scale is None) != (weight is None):
+                raise ShapeError(
+                    f"Of {name}_weight and {name}_scale one is given without the other; int8 weights have scales."
+                )
+            wanted[f"{name}_scale"] = (scale, (mlps, rows))
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ShapeError(f"{name} has the shape {list(tensor.shape)}; it must be {list(shape)}.")
@@ -190,7 +205,12 @@ def _check(tensors: tuple[torch.Tensor | None, ...], out: torch.Tensor | None) -
             continue
         if tensor.device != device:
             raise DeviceError(f"{name} is on '{tensor.device}' and x on '{device}'; move one to the other.")
-        if tensor.dtype != dtype and name != "index" and not _autocast_on(device.type):
+        if scales is not None and name.endswith("weight"):
+            if tensor.dtype != torch.int8:
+                raise DtypeError(
+                    f"{name} is {tensor.dtype}; it must be torch.int8: quantize_rows of fastffn.ops.int8 makes it so."
+                )
+        elif tensor.dtype != dtype and name != "index" and not _autocast_on(device.type):
             raise DtypeError(f"{name} is {tensor.dtype} and x {dtype}; they must be of one dtype.")
     if out is not None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise ShapeError("out is given, but a gradient is asked; call under torch.no_grad(), or leave out away.")

@@ -79,7 +79,7 @@ def neuron_tree_int8(
             filled and returned.
 
     Returns:
-        `[..., O]`, the dtype of `x`. `quantize_rows` of `fastffn.ops.neuron_tree_int8.reference` makes the weights.
+        `[..., O]`, the dtype of `x`. `quantize_rows` of `fastffn.ops.int8` makes the weights.
 
     Raises:
         ShapeError: the last axis of `x` is not D, N is not a full tree, or the tensors do not fit each other.

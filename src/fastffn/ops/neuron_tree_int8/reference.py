@@ -1,4 +1,4 @@
-"""The definition of `neuron_tree_int8`, and how weights become int8: plain torch, any device.
+"""The definition of `neuron_tree_int8`: plain torch, any device.
 
 A row of weights is its int8 numbers times one float: the tree is the `neuron_tree` of those products. T tokens, P trees
 of L = depth + 1 levels and N = 2**L - 1 nodes, input width D, output width O. Sums are kept in float32, the result is
@@ -13,19 +13,6 @@ from torch.nn import functional as F
 from fastffn.ops.activations import get_activation
 from fastffn.ops.dispatch import Impl
 from fastffn.ops.neuron_tree.request import depth_of
-
-
-def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows `[..., N, D]` as int8 and a float32 scale `[..., N]` each: the largest number of a row becomes 127.
-
-    A row of zeros has the scale 0. What is not finite makes its row NaN: the scale carries it.
-    """
-    wide = weight.detach().float()
-    scale = wide.abs().amax(-1) / 127
-    rows = torch.where(scale.unsqueeze(-1) > 0, wide / scale.unsqueeze(-1), 0.0)
-    finite = scale.isfinite()
-    rows = torch.where(finite.unsqueeze(-1), rows, 1.0)
-    return rows.round().to(torch.int8), torch.where(finite, scale, float("nan"))
 
 
 def forward(
