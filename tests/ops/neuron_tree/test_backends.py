@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
@@ -14,7 +15,7 @@ from fastffn.errors import BackendError
 from fastffn.measure.gate import gate
 from fastffn.ops import neuron_tree
 from fastffn.ops.dispatch import use_backend
-from fastffn.ops.neuron_tree import IMPLS, dense, reference, routes, torch_grouped
+from fastffn.ops.neuron_tree import IMPLS, crossovers, dense, reference, routes, torch_grouped
 from fastffn.ops.neuron_tree.request import Request, neurons_of, path_to, request_of
 from tests.ops.neuron_tree.cases import Case, clear, exact, make
 
@@ -208,7 +209,8 @@ def test_same_bits_from_run_to_run_where_products_use_threads(tokens: int, threa
     # As wide as products must be for torch to split them. With another number of threads bits differ; see README.md.
     case = make(tokens, d_model=384, d_out=384, depth=9, trees=1, dtype=dtype)
     gradient = torch.randn(tokens, 384).to(dtype)
-    assert not routes.walks(1500, 1, 10, 768, dtype) and routes.walks(64, 1, 10, 768, dtype)
+    asked = Request("cpu", dtype, 1500, 1, 9, 384, 384)
+    assert not routes.walks(asked) and routes.walks(asked._replace(tokens=64))
 
     def run() -> list[torch.Tensor]:
         y, scores, last = torch_grouped.forward(*case, keep=True, out=None)
@@ -317,29 +319,66 @@ def request(tokens: int, trees: int, depth: int, dtype: torch.dtype = torch.floa
     return Request("cpu", dtype, tokens, trees, depth, 768, 768)
 
 
-def test_the_rule_at_the_shapes_that_matter() -> None:
+@pytest.fixture
+def processor(monkeypatch) -> Iterator[Callable[[str], None]]:
+    """Makes the rule that of another processor."""
+
+    def become(name: str) -> None:
+        monkeypatch.setattr(crossovers, "instruction_set", lambda: name)
+        forget()
+
+    def forget() -> None:
+        crossovers.times_dense.cache_clear()
+        routes.cheapest.cache_clear()
+
+    yield become
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.mark.parametrize("name", ["avx512_bf16", "avx2"])
+def test_the_rule_at_the_shapes_that_matter(name: str, processor) -> None:
+    processor(name)
     for backward in (False, True):
         assert {routes.cheapest(request(tokens, 1, 11), backward) for tokens in (1, 64, 512, 4096)} == {"torch_grouped"}
         # 128 trees of five levels: sorting 128 times costs more than evaluating all.
         assert routes.cheapest(request(512, 128, 4), backward) == "dense"
         assert routes.cheapest(request(512, 64, 0), backward) == "dense"
-    assert routes.walks(16, 1, 12, 1536, torch.float32) and not routes.walks(4096, 1, 12, 1536, torch.float32)
+    assert routes.walks(request(16, 1, 11)) and not routes.walks(request(4096, 1, 11))
 
 
-def test_the_rule_knows_passes_dtypes_and_what_the_processor_multiplies(monkeypatch) -> None:
+def test_the_rule_knows_passes_dtypes_and_processors(processor) -> None:
     def compiled(request: Request, backward: bool = False) -> bool:
         reason = routes.why_not("cpu", request, backward=backward)
         assert reason is None or "leaves it to dense" in reason
         return reason is None
 
-    def narrow(multiplies: bool) -> list[bool]:
-        monkeypatch.setattr(routes, "multiplies_bfloat16", lambda: multiplies)
-        return [compiled(request(2048, 64, 2, dtype)) for dtype in (torch.bfloat16, torch.float16)]
-
+    processor("avx512_bf16")
     assert all(compiled(request(tokens, 1, 11), backward) for tokens in (1, 4096) for backward in (False, True))
     # Trees of one neuron are a dense FFN; a single call of a compiled kernel is the cheaper one for a few tokens.
     assert compiled(request(16, 64, 0)) and not compiled(request(2048, 64, 0))
     # Backward, where products have more to do, dense overtakes earlier.
-    assert compiled(request(256, 64, 1)) and not compiled(request(256, 64, 1), backward=True)
-    assert narrow(True) == [False, True]
-    assert narrow(False) == [True, True]
+    assert compiled(request(4096, 4, 1)) and not compiled(request(4096, 4, 1), backward=True)
+    # So it does where products of bfloat16 have instructions.
+    assert compiled(request(1024, 64, 2)) and not compiled(request(1024, 64, 2, torch.bfloat16))
+    # float16 has slow products everywhere.
+    assert compiled(request(1024, 64, 1, torch.float16)) and compiled(request(2048, 64, 2, torch.float16))
+    processor("avx2")
+    assert compiled(request(1024, 64, 2, torch.bfloat16))
+
+
+def test_compiled_kernels_leave_a_call_to_whatever_is_faster(monkeypatch, processor) -> None:
+    processor("avx2")
+    times = {"compiled": 0.5, "cut": 0.4, "walk": 0.9}
+    monkeypatch.setattr(routes, "times_dense", lambda way, *_: times[way])
+    asked = request(64, 1, 5)
+    assert "leaves it to torch_grouped" in (routes.why_not("cpu", asked) or "")
+    times["cut"] = 0.6
+    assert routes.why_not("cpu", asked) is None
+    times["walk"] = 0.51
+    assert "leaves it to torch_grouped" in (routes.why_not("cpu", asked) or "")
+    assert routes.why_not("cpu", asked, backward=True) is None
+    times["compiled"] = 0.84
+    assert routes.why_not("cpu", asked._replace(depth=0)) is None
+    times["compiled"] = 0.86
+    assert "leaves it to dense" in (routes.why_not("cpu", asked._replace(depth=0)) or "")

@@ -22,7 +22,7 @@ from fastffn.ops.dispatch import Impl, Tensors
 from fastffn.ops.neuron_tree import reference
 from fastffn.ops.neuron_tree.masked import descend, spread
 from fastffn.ops.neuron_tree.reference import score_gradient
-from fastffn.ops.neuron_tree.request import Request, accumulation_dtype, depth_of, neurons_of, path_to
+from fastffn.ops.neuron_tree.request import Request, accumulation_dtype, depth_of, neurons_of, path_to, request_of
 from fastffn.ops.neuron_tree.routes import best_cut, walks, why_not
 
 
@@ -74,7 +74,7 @@ def forward(
     """See `reference.neuron_tree`."""
     trees, neurons, d_model = w_in.shape
     tokens, levels, d_out = len(x), depth_of(neurons) + 1, w_out.shape[2]
-    if walks(tokens, trees, levels, d_model + d_out, x.dtype):
+    if walks(request_of(x, w_in, b_in, w_out, activation, straight_through)):
         return reference.forward(x, w_in, b_in, w_out, activation, straight_through, keep=keep, out=out)
     wide = accumulation_dtype(x.dtype)
     act = get_activation(activation)
