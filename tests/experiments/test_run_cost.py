@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastffn.convert.fresh import GPT2Shape, fresh_gpt2
+from fastffn.convert.fresh import ModelShape, fresh_model
 from fastffn.experiments.recipes import recipes
 from fastffn.experiments.run_cost import Price, curve, flops_of, record_of, seconds_of
 from fastffn.measure.flops import count_flops, step_flops
@@ -37,10 +37,10 @@ def test_prices_by_hand() -> None:
     run = recipes()["naive"].run(config, steps=10, rate=1e-3, seed=0)
     assert run.ffn_options == {"rank": 4}
     price = flops_of(run, 300)
-    shape = GPT2Shape(layers=2, d_model=16, heads=2, sequence=16, vocabulary=300)
+    shape = ModelShape(layers=2, d_model=16, heads=2, sequence=16, vocabulary=300)
     with torch.device("meta"):
-        assert price.dense == 4 * step_flops(fresh_gpt2(shape), 16)
-        assert price.factorised == 4 * step_flops(fresh_gpt2(shape, run.ffn_config()), 16)
+        assert price.dense == 4 * step_flops(fresh_model(shape), 16)
+        assert price.factorised == 4 * step_flops(fresh_model(shape, run.ffn_config()), 16)
     # Two layers of two maps of 16 x 64.
     assert price.merge == 2 * 2 * (2 * 16 * 64 * 4)
     assert price.start == 2 * 2 * (6 * 64 * 16**2 + 20 * 16**3)

@@ -26,6 +26,19 @@ def tiny(text_file, **changes):
     return small(text_file, steps=12, seed=3, **changes)
 
 
+def test_models_of_masked_tokens_have_no_perplexity_of_text(text_file, tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("FASTFFN_DATA_DIR", raising=False)  # WikiText-2 is not asked for
+    config = tiny(text_file, architecture="bert")
+    output = tmp_path / "runs"
+    result = time_to_loss(config, output, names=("narrow",), rates=(4e-3,), lengths=(0.5,), seeds=1, timing=False)
+    assert result["confirmed"]["dense"]["word_perplexity"] == [None]
+    table = (output / "table.md").read_text()
+    assert "BERT of " in table
+    ends = [line.split("|")[-2].strip() for line in table.splitlines() if line.startswith(("| dense ", "| narrow "))]
+    assert ends[-3:] == ["", "", ""]  # one dense row and two of the recipe
+    assert result["screen"]["narrow"]["flops"] < result["screen"]["dense"]["flops"]
+
+
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "wikitext-2"

@@ -124,4 +124,6 @@ def test_bad_input_leaves_nothing_behind(text_file, tmp_path) -> None:
         tree_ladder(small(text_file), output, seeds=0)
     with pytest.raises(ConfigError, match="chooses the FFNs itself"):
         tree_ladder(dataclasses.replace(small(text_file), d_hidden=7), output)
+    with pytest.raises(ConfigError, match="predict the next token, not of bert"):
+        tree_ladder(small(text_file, architecture="bert"), output)
     assert not output.exists()

@@ -97,4 +97,6 @@ def test_what_it_needs(text_file, tmp_path, changes) -> None:
         wikitext2_table(tiny(text_file, **changes), tmp_path / "runs")
     with pytest.raises(ConfigError, match="seeds is 0"):
         wikitext2_table(dataclasses.replace(tiny(text_file)), tmp_path / "runs", seeds=0)
+    with pytest.raises(ConfigError, match="predict the next token, not of bert"):
+        wikitext2_table(tiny(text_file, architecture="bert"), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()

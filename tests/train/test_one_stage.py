@@ -17,7 +17,9 @@ from fastffn.train.pretrain import pretrain
 from fastffn.train.trainer import StageTrainer
 from tests.train.test_pretrain import tiny
 
-KINDS = [name for name in kinds() if name != "dense" and name not in mergeable_kinds()]
+KINDS = [
+    name for name, kind in kinds().items() if name != "dense" and name not in mergeable_kinds() and kind.config.TRAINS
+]
 # Small enough for a model of width 16.
 SIZES = {"leaf_tree": {"depth": 2, "leaf_width": 8}, "neuron_tree": {"depth": 3, "trees": 4}, "moe": {"experts": 4}}
 

@@ -76,6 +76,12 @@ def test_everything_is_there(finished) -> None:
     assert results["sample"]["continuation"]
 
 
+def test_what_has_been_measured_is_said_before_anything_is_trained(text_file, tmp_path, capsys) -> None:
+    pretrain(tiny(text_file), tmp_path / "run")
+    said = capsys.readouterr().out
+    assert 0 < said.index("train dense: --ffn dense") < said.index("dense  step ")
+
+
 def test_it_learns(finished) -> None:
     _, results, _ = finished
     for name in ("dense", "stage2"):

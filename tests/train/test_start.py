@@ -96,11 +96,11 @@ def test_what_cannot_be_a_start(first, text_file, tmp_path) -> None:
         pretrain(tiny(text_file, init_from=str(run / "stage1")), tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"is a run, not a checkpoint. Did you mean .*stage2"):
         pretrain(tiny(text_file, init_from=str(run)), tmp_path / "run")
-    shutil.copytree(output / "dense", tmp_path / "bert")
-    config = tmp_path / "bert" / "config.json"
-    config.write_text(config.read_text().replace('"gpt2"', '"bert"'))
-    with pytest.raises(CheckpointError, match="type 'bert'"):
-        pretrain(tiny(text_file, init_from=str(tmp_path / "bert")), tmp_path / "run")
+    shutil.copytree(output / "dense", tmp_path / "t5")
+    config = tmp_path / "t5" / "config.json"
+    config.write_text(config.read_text().replace('"gpt2"', '"t5"'))
+    with pytest.raises(CheckpointError, match="type 't5'"):
+        pretrain(tiny(text_file, init_from=str(tmp_path / "t5")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -31,10 +31,10 @@ def command(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Pre-train a GPT-2 in two stages, and a dense one beside it on the same tokens.
+    """Pre-train a GPT-2 or a BERT in two stages, and a dense one beside it on the same tokens.
 
     Stage 1 trains with factorised FFNs; their factors are multiplied out; stage 2 goes on with an ordinary dense
-    GPT-2. Fields come from the preset, then the YAML file, then the flags. The same command goes on with a run that
+    model. Fields come from the preset, then the YAML file, then the flags. The same command goes on with a run that
     was interrupted.
 
     Several processes: torchrun --nproc-per-node 8 -m fastffn pretrain ... (or accelerate launch).

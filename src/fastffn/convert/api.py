@@ -158,7 +158,9 @@ def merge(model: nn.Module) -> nn.Module:
     model_config: Any = getattr(model, "config", None)
     has_family = hasattr(model_config, "model_type")
     for path, dense in merged.items():
-        if not any(parameter.requires_grad for parameter in originals[path].parameters()):
+        # An FFN for inference has none: then those of the whole model tell.
+        parameters = list(originals[path].parameters()) or list(model.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
             dense.requires_grad_(False)
         if has_family:
             match.family_of(model_config).put_back(model, path, dense)

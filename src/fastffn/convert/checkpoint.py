@@ -13,7 +13,7 @@ import torch
 
 from fastffn.convert import io, match
 from fastffn.convert.files import new_directory, write_json
-from fastffn.convert.loading import architecture_of, read_config
+from fastffn.convert.loading import model_class_of, read_config
 from fastffn.convert.safetensors_io import INDEX, PlannedTensor, TensorReader, write_checkpoint
 from fastffn.errors import KindError
 from fastffn.nn import MergedTensor
@@ -54,7 +54,7 @@ def skeleton(config_json: dict[str, Any], where: str) -> torch.nn.Module:
     Raises:
         CheckpointError: transformers does not know the architecture.
     """
-    architecture = architecture_of(config_json, where)
+    architecture = model_class_of(config_json, where)
     plain = {key: value for key, value in config_json.items() if key != "quantization_config"}
     with torch.device("meta"):
         model: torch.nn.Module = architecture(architecture.config_class.from_dict(plain))

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from fastffn.convert.checkpoint import copy_model_files
 from fastffn.convert.files import new_directory
-from fastffn.convert.loading import architecture_of, load_model, read_config
+from fastffn.convert.loading import load_model, model_class_of, read_config
 from fastffn.errors import CheckpointError, ConversionError
 
 _log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def load_dense(source: str, directory: Path, dtype: str = STORED) -> Any:
         )
     if method:
         raise ConversionError(f"{source} is quantised ({method}); name the checkpoint that it was made from.")
-    architecture = architecture_of(config_json, source)
+    architecture = model_class_of(config_json, source)
     _log.info("loading %s (%s)", source, architecture.__name__)
     model, info = load_model(architecture, source, dtype=dtype, output_loading_info=True)
     missing = sorted(info["missing_keys"])

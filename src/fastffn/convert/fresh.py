@@ -1,4 +1,4 @@
-"""A GPT-2 with fresh weights, its FFNs dense or of another kind; and the FLOPs of a training step of it."""
+"""A language model with fresh weights, its FFNs dense or of another kind; and the FLOPs of a training step of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from fastffn.convert.api import convert, place_fresh
-from fastffn.convert.loading import read_config
+from fastffn.convert.architectures import ARCHITECTURES, DEFAULT, get_architecture
+from fastffn.convert.loading import load_model, read_config
 from fastffn.convert.match import after_first, fastffn_modules
 from fastffn.errors import CheckpointError
 from fastffn.measure.flops import StepBound, layer_flops, step_flops
@@ -17,9 +18,10 @@ from fastffn.nn import FFNConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPT2Shape:
-    """Widths of a GPT-2: `d_hidden` None means 4 d_model; `dropout` is that of embeddings, attention, residuals."""
+class ModelShape:
+    """What fixes a model: `d_hidden` None means 4 d_model; `dropout` is that of embeddings, attention, residuals."""
 
+    architecture: str = DEFAULT
     layers: int
     d_model: int
     heads: int
@@ -30,53 +32,41 @@ class GPT2Shape:
     dropout: float = 0.0
 
     @classmethod
-    def of_checkpoint(cls, directory: Path) -> GPT2Shape:
-        """The widths of the dense GPT-2 in a directory.
+    def of_checkpoint(cls, directory: Path) -> ModelShape:
+        """The shape of the dense model in a directory.
 
         Raises:
-            CheckpointError: there is no checkpoint, it is none of a GPT-2, or its FFNs are not dense.
+            CheckpointError: there is no checkpoint, it is of no known architecture, or its FFNs are not dense.
         """
         values = read_config(directory)
-        if values.get("model_type") != "gpt2":
+        name = values.get("model_type")
+        if name not in ARCHITECTURES:
             raise CheckpointError(
-                f"{directory} holds a model of type {values.get('model_type')!r}; training can start from a 'gpt2'."
+                f"{directory} holds a model of type {name!r}; training can start from {' or '.join(ARCHITECTURES)}."
             )
         if "quantization_config" in values:
             raise CheckpointError(
                 f"The FFNs of {directory} are not dense. Make them so with `fastffn merge {directory} DIRECTORY`."
             )
-        from transformers import GPT2Config
-
-        config: Any = GPT2Config.from_dict(values)
-        return cls(
-            layers=config.n_layer,
-            d_model=config.n_embd,
-            heads=config.n_head,
-            d_hidden=config.n_inner,
-            sequence=config.n_positions,
-            vocabulary=config.vocab_size,
-            activation=config.activation_function,
-            dropout=config.resid_pdrop,
-        )
+        architecture = ARCHITECTURES[name]
+        config: Any = architecture.config_class().from_dict(values)
+        if architecture.masked and config.is_decoder:
+            raise CheckpointError(
+                f"{directory} holds a {architecture.name} whose tokens see those before them only (is_decoder); "
+                "training on masked tokens needs those on both sides."
+            )
+        found = {ours: getattr(config, theirs) for ours, theirs in architecture.fields.items()}
+        return cls(architecture=name, dropout=getattr(config, architecture.dropouts[0]), **found)
 
     def model_config(self, end_of_text: int = 0) -> Any:
         """The transformers configuration."""
-        from transformers import GPT2Config
-
-        return GPT2Config(
-            vocab_size=self.vocabulary,
-            n_positions=self.sequence,
-            n_embd=self.d_model,
-            n_layer=self.layers,
-            n_head=self.heads,
-            n_inner=self.d_hidden,
-            activation_function=self.activation,
-            resid_pdrop=self.dropout,
-            embd_pdrop=self.dropout,
-            attn_pdrop=self.dropout,
-            bos_token_id=end_of_text,
-            eos_token_id=end_of_text,
-            use_cache=False,  # training would copy keys and values for nothing; generate() does not read this
+        architecture = get_architecture(self.architecture)
+        return architecture.config_class()(
+            **{theirs: getattr(self, ours) for ours, theirs in architecture.fields.items() if ours != "d_hidden"},
+            **{architecture.fields["d_hidden"]: self.d_hidden or 4 * self.d_model},
+            **dict.fromkeys(architecture.dropouts, self.dropout),
+            **dict.fromkeys(architecture.ends, end_of_text),
+            **architecture.fixed,
         )
 
     @property
@@ -86,31 +76,42 @@ class GPT2Shape:
         return 3 * 2 * 2 * self.layers * self.d_model * (self.d_hidden or 4 * self.d_model)
 
 
-def fresh_gpt2(
-    shape: GPT2Shape, ffn: FFNConfig | None = None, *, seed: int = 0, end_of_text: int = 0, dense_layers: int = 0
+def fresh_model(
+    shape: ModelShape, ffn: FFNConfig | None = None, *, seed: int = 0, end_of_text: int = 0, dense_layers: int = 0
 ) -> Any:
     """A model with fresh weights: for a seed the same dense start, whatever becomes of its FFNs.
 
     Args:
-        shape: its widths.
+        shape: architecture and widths.
         ffn: kind to put in the place of the dense FFNs, None to keep them.
         seed: of all random numbers.
         end_of_text: number of the token that ends a document.
         dense_layers: first FFNs that stay dense all the same.
 
     Returns:
-        A `transformers.GPT2LMHeadModel`.
+        A language model of transformers, such as `GPT2LMHeadModel`.
     """
-    from transformers import GPT2LMHeadModel, set_seed
+    from transformers import set_seed
 
     set_seed(seed)
-    model = GPT2LMHeadModel(shape.model_config(end_of_text))
+    model = get_architecture(shape.architecture).model_class()(shape.model_config(end_of_text))
     if ffn is not None:
         place_fresh(model, ffn, filter=after_first(model, dense_layers))
     return model
 
 
-def started_gpt2(
+def trained_model(directory: Path, **options: Any) -> Any:
+    """The model of a run's checkpoint, or of one that a run starts from, ready to be trained on.
+
+    Args:
+        directory: the checkpoint's, FFNs dense or not.
+        options: of `from_pretrained`.
+    """
+    architecture = get_architecture(read_config(directory).get("model_type"))
+    return load_model(architecture.model_class(), directory, **architecture.fixed, **options)
+
+
+def started_model(
     directory: Path,
     ffn: FFNConfig | None = None,
     *,
@@ -118,24 +119,32 @@ def started_gpt2(
     dropout: float = 0.0,
     dense_layers: int = 0,
 ) -> Any:
-    """A GPT-2 with the weights of a checkpoint; arguments as of `fresh_gpt2`."""
-    from transformers import GPT2LMHeadModel, set_seed
+    """A model with the weights of a dense checkpoint; arguments as of `fresh_model`.
+
+    Raises:
+        CheckpointError: as `ModelShape.of_checkpoint`, or it has not all weights of a language model.
+    """
+    from transformers import set_seed
 
     set_seed(seed)
-    model: Any = GPT2LMHeadModel.from_pretrained(
-        directory, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, dtype=torch.float32
-    )
-    model.config.use_cache = False
+    architecture = get_architecture(ModelShape.of_checkpoint(directory).architecture)
+    dropouts = dict.fromkeys(architecture.dropouts, dropout)
+    model, found = trained_model(directory, dtype=torch.float32, output_loading_info=True, **dropouts)
+    if found["missing_keys"]:
+        raise CheckpointError(
+            f"{directory} holds no {architecture.model}: {', '.join(sorted(found['missing_keys']))} are missing, and "
+            "training would start from random ones. Name a checkpoint that was saved with its language model's head."
+        )
     if ffn is not None:
         convert(model, ffn, filter=after_first(model, dense_layers))
     return model.train()
 
 
-def step_bound(shape: GPT2Shape, ffn: FFNConfig, dense_layers: int = 0) -> StepBound:
+def step_bound(shape: ModelShape, ffn: FFNConfig, dense_layers: int = 0) -> StepBound:
     """The FLOPs of a training step on one sequence: dense, with `ffn` after the first layers, and without FFNs."""
     with torch.device("meta"):
-        dense, other = fresh_gpt2(shape), fresh_gpt2(shape, ffn, dense_layers=dense_layers)
-    flops = step_flops(dense, shape.sequence)
+        dense, other = fresh_model(shape), fresh_model(shape, ffn, dense_layers=dense_layers)
+    flops = step_flops(dense, shape.sequence, causal=not get_architecture(shape.architecture).masked)
     without_ffn = flops - shape.sequence * shape.ffn_flops_per_token
     # Counted by themselves: in a whole model their batched products could not be told from those of attention.
     ffns = sum(layer_flops(module, shape.sequence, shape.d_model) for _, module in fastffn_modules(other))

@@ -31,7 +31,7 @@ def read_config(directory: Path, *, results: tuple[str, ...] = _RESULTS) -> dict
     return read_json(directory / "config.json")
 
 
-def architecture_of(config_json: dict[str, Any], where: object) -> Any:
+def model_class_of(config_json: dict[str, Any], where: object) -> Any:
     """The model class that a `config.json` names.
 
     Raises:

@@ -134,15 +134,20 @@ def family_of(model_config: Any) -> Family:
     Raises:
         ConversionError: the model has no configuration, or its type belongs to no known family.
     """
+    return family_named(getattr(model_config, "model_type", None))
+
+
+def family_named(model_type: str | None) -> Family:
+    """The family of a `config.model_type`; raises as `family_of`."""
     from fastffn.convert.families import families
 
     known = {model_type: family for family in families() for model_type in family.ffn_classes}
-    model_type = getattr(model_config, "model_type", None)
     if model_type not in known:
         raise ConversionError(
             f"The model's type is {model_type!r}; FastFFN knows the FFNs of {', '.join(sorted(known))}. A new family "
             "is one file in fastffn/convert/families."
         )
+    assert model_type is not None
     return known[model_type]
 
 

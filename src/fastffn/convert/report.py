@@ -43,7 +43,9 @@ def cost(config: FFNConfig) -> Cost:
         module = kind_of(config).module(config).eval()
     assert module.config.d_model
     flops = layer_flops(module, 1, module.config.d_model, backward=False)
-    parameters = sum(parameter.numel() for parameter in module.parameters())
+    # An FFN for inference has buffers in the place of parameters, and scales beside.
+    named = module.named_parameters() if config.TRAINS else module.named_buffers()
+    parameters = sum(tensor.numel() for name, tensor in named if not name.endswith("scale"))
     return Cost(parameters, min(parameters, flops // 2), flops)
 
 
@@ -168,7 +170,8 @@ class ConversionReport:
                 layers.append(layer)
                 continue
             module = model.get_submodule(layer.path)
-            key = (layer.dense, layer.config, next(module.parameters()).dtype, next(module.parameters()).device)
+            like = _a_float_of(module)
+            key = (layer.dense, layer.config, like.dtype, like.device)
             if key not in known:
                 known[key] = tuple(measure_speed(layer.dense, module, count) for count in tokens)
             layers.append(dataclasses.replace(layer, speeds=known[key]))
@@ -178,7 +181,7 @@ class ConversionReport:
 @torch.no_grad()
 def measure_speed(dense_config: DenseConfig, module: nn.Module, tokens: int) -> LayerSpeed:
     """The speed of an FFN on random tokens `[tokens, D]`, beside a dense one with random weights."""
-    like = next(module.parameters())
+    like = _a_float_of(module)
     with torch.device(like.device):
         dense = kind_of(dense_config).module(dense_config).to(like.dtype).eval()
         x = torch.randn(tokens, dense.config.d_model).to(like.dtype)
@@ -189,6 +192,11 @@ def measure_speed(dense_config: DenseConfig, module: nn.Module, tokens: int) -> 
     finally:
         module.train(training)
     return LayerSpeed(tokens, timings["before"].median, timings["after"].median)
+
+
+def _a_float_of(module: nn.Module) -> torch.Tensor:
+    """A tensor that has the module's dtype and device; FFNs for inference have no parameters."""
+    return next(tensor for tensor in module.state_dict().values() if tensor.is_floating_point())
 
 
 def _named(before: Cost, after: Cost) -> dict[str, int]:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+MASK = "<|mask|>"
+# All bytes and the end of a text.
+SMALLEST = 257
 # More text changes a vocabulary hardly at all, and costs minutes.
 TRAINING_CHARACTERS = 50_000_000
 # Vocabularies are padded up to a multiple of this for speed; more than that is another vocabulary.
@@ -23,14 +26,15 @@ def training_size(spec: str) -> int | None:
     """N if `spec` is `train:N`, None if it names a tokenizer.
 
     Raises:
-        ConfigError: N is not a whole number of at least 257 (all bytes and the end of text).
+        ConfigError: N is not a whole number of at least 257 (all bytes and the end of text; a mask token is one more).
     """
     if not spec.startswith("train:"):
         return None
     number = spec.removeprefix("train:")
-    if not number.isdecimal() or int(number) < 257:
+    if not number.isdecimal() or int(number) < SMALLEST:
         raise ConfigError(
-            f"tokenizer is '{spec}'; train:N wants a whole number N of at least 257 (256 bytes and {END_OF_TEXT})."
+            f"tokenizer is '{spec}'; train:N wants a whole number N of at least {SMALLEST} (256 bytes and "
+            f"{END_OF_TEXT})."
         )
     return int(number)
 
@@ -79,8 +83,13 @@ def load_tokenizer(spec: str, *, end_of_text: bool = True) -> PreTrainedTokenize
     return tokenizer
 
 
-def train_tokenizer(source: TextSource, size: int, *, progress: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `size` tokens, trained on the first fifty million characters of `source`."""
+def train_tokenizer(
+    source: TextSource, size: int, *, mask: bool = False, progress: bool = False
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `size` tokens, trained on the first fifty million characters of `source`.
+
+    With `mask` one of them is the mask token of models that predict masked tokens.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -89,13 +98,17 @@ def train_tokenizer(source: TextSource, size: int, *, progress: bool = False) ->
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, *([MASK] if mask else [])],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=progress,
     )
     tokenizer.train_from_iterator(_limited(source), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        mask_token=MASK if mask else None,
     )
 
 

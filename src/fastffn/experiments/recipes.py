@@ -1,4 +1,4 @@
-"""Recipes for training a GPT-2 within a budget: dense ones, and two-stage ones with what is varied about them."""
+"""Recipes for training a model within a budget: dense ones, and two-stage ones with what is varied about them."""
 
 from __future__ import annotations
 

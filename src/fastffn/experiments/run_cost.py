@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastffn.convert.api import place_fresh
-from fastffn.convert.fresh import fresh_gpt2, step_bound
+from fastffn.convert.fresh import fresh_model, step_bound
 from fastffn.convert.match import after_first
 from fastffn.measure.flops import count_flops
 from fastffn.measure.machine import describe_machine
@@ -72,12 +72,12 @@ def seconds_of(runs: Mapping[str, PretrainConfig], vocabulary: int, directory: P
         `prices`: a `Price` in seconds for each name, as a dictionary; `steps`: the timings; `sequences` in a step.
     """
     first = next(iter(runs.values()))
-    models: dict[str, Any] = {"dense": fresh_gpt2(first.shape(vocabulary))}
+    models: dict[str, Any] = {"dense": fresh_model(first.shape(vocabulary))}
     for name, run in runs.items():
         if run.ffn != "dense":
-            models[name] = fresh_gpt2(run.shape(vocabulary), run.ffn_config(), dense_layers=run.dense_layers or 0)
+            models[name] = fresh_model(run.shape(vocabulary), run.ffn_config(), dense_layers=run.dense_layers or 0)
         elif run.d_hidden != first.d_hidden:
-            models[name] = fresh_gpt2(run.shape(vocabulary))
+            models[name] = fresh_model(run.shape(vocabulary))
     batch, timings = compare_steps(
         models,
         sequence=first.sequence,
@@ -113,7 +113,7 @@ def _switch_seconds(config: PretrainConfig, vocabulary: int, directory: Path) ->
     merge = stages["merge"]["seconds"] + stages["stage2"]["loading_seconds"]
     if "factorise" in stages:
         return stages["factorise"]["seconds"] + stages["stage1"]["loading_seconds"], merge
-    model = fresh_gpt2(config.shape(vocabulary))
+    model = fresh_model(config.shape(vocabulary))
     begun = time.perf_counter()
     place_fresh(model, config.ffn_config(), filter=after_first(model, config.dense_layers or 0))
     return time.perf_counter() - begun, merge

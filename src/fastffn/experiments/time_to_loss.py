@@ -74,7 +74,7 @@ def time_to_loss(
     """
     known = recipes()
     chosen = _chosen(config, names, rates, lengths, seeds, confirm)
-    if seeds:
+    if seeds and not config.masked:
         # Not after hours of training.
         find_text(**wikitext_2()["test"])
     own = {"seed", "learning_rate", "dense_learning_rate", "factor_learning_rate"}
@@ -200,8 +200,13 @@ class _Runs:
                     found[recipe.name].append(run | {"word_perplexity": self._word_perplexity(run)})
         return found
 
-    def _word_perplexity(self, run: dict[str, Any]) -> float:
-        """Of the final model, merged where there was something to merge, on the test split of WikiText-2."""
+    def _word_perplexity(self, run: dict[str, Any]) -> float | None:
+        """Of the final model, merged where there was something to merge, on the test split of WikiText-2.
+
+        None for a model of masked tokens, which has no such thing.
+        """
+        if self.config.masked:
+            return None
         name = f"{run['recipe']}-{run['steps']}-{run['rate']:g}-seed-{run['seed']}"
         model = self.cells.output / "runs" / name / run["stages"][-1]["name"]
         test = wikitext_2()["test"]

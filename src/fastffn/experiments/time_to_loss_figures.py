@@ -72,7 +72,7 @@ def compared(
     """Several seeds: recipes of several lengths against dense training of full length, seed by seed.
 
     Args:
-        paired: runs by recipe, those of the dense one among them; each with its `word_perplexity`.
+        paired: runs by recipe, those of the dense one among them; each with its `word_perplexity`, or None.
         dense: name of the dense recipe.
         flops, seconds: prices, by recipe; seconds None: not measured yet.
     """

@@ -8,6 +8,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fastffn.convert.architectures import get_architecture
+
 HEADERS = {"flops": "FLOPs", "seconds": "seconds"}
 
 
@@ -32,8 +34,7 @@ def confirmed_table(result: dict[str, Any]) -> str:
     lines = []
     confirmed = result["confirmed"]
     dense = confirmed["dense"]
-    words = statistics.mean(dense["word_perplexity"])
-    lines.append([result["dense"], "1", "1", "1", _spread(dense["loss"]), "", "", f"{words:,.1f}"])
+    lines.append([result["dense"], "1", "1", "1", _spread(dense["loss"]), "", "", _words(dense["word_perplexity"])])
     for name, row in confirmed["recipes"].items():
         for part in row["lengths"]:
             test = part["difference"]
@@ -47,7 +48,7 @@ def confirmed_table(result: dict[str, Any]) -> str:
                     _spread(part["loss"]),
                     f"{test['mean']:+.4f}" + ("" if test["sd"] is None else f" +- {test['sd']:.4f}"),
                     "" if test["p"] is None else f"{test['p']:.2g}",
-                    f"{statistics.mean(part['word_perplexity']):,.1f}",
+                    _words(part["word_perplexity"]),
                 ]
             )
     headers = [
@@ -61,6 +62,12 @@ def confirmed_table(result: dict[str, Any]) -> str:
         "WikiText-2 word perplexity",
     ]
     return _table(lines, headers)
+
+
+def _words(found: list[float | None]) -> str:
+    """The mean of word perplexities; models of masked tokens have none."""
+    known = [value for value in found if value is not None]
+    return f"{statistics.mean(known):,.1f}" if known else ""
 
 
 def verdicts(result: dict[str, Any]) -> list[str]:
@@ -110,7 +117,8 @@ def report(result: dict[str, Any]) -> str:
             *[line for sentence in verdicts(result) for line in (sentence, "")],
         ]
     lines += [
-        f"GPT-2 of {config['layers']} layers x {config['d_model']}, sequence {config['sequence']}, "
+        f"{get_architecture(config['architecture']).name} of {config['layers']} layers x {config['d_model']}, "
+        f"sequence {config['sequence']}, "
         f"{config['batch'] * config['sequence']:,} tokens a step, full length {config['steps']} steps on "
         f"{config['data']}.",
     ]

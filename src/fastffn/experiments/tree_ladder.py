@@ -16,7 +16,7 @@ import torch
 from tabulate import tabulate
 
 from fastffn.convert.files import new_directory, write_json, write_text
-from fastffn.convert.fresh import fresh_gpt2
+from fastffn.convert.fresh import fresh_model
 from fastffn.errors import ConfigError, did_you_mean
 from fastffn.experiments.cells import opened, together
 from fastffn.experiments.inference_time import check
@@ -51,13 +51,15 @@ def tree_ladder(
         What is in `result.json`: for each rung the validation loss of every seed and how tokens spread over its trees.
 
     Raises:
-        ConfigError: `config` names FFNs of its own, a rung is unknown, or there are no seeds.
+        ConfigError: `config` names FFNs of its own or predicts masked tokens, a rung is unknown, or there are no seeds.
         OutputError: `output` holds something else.
     """
     if seeds < 1:
         raise ConfigError(f"seeds is {seeds}; it must be at least 1.")
     if config.ffn != "dense" or config.d_hidden is not None or config.init_from is not None:
         raise ConfigError("The ladder chooses the FFNs itself; leave out ffn and its options, d_hidden and init_from.")
+    if config.masked:
+        raise ConfigError(f"The ladder is of models that predict the next token, not of {config.architecture}.")
     known = ladder()
     for name in rungs:
         if name not in known:
@@ -136,7 +138,7 @@ def _time(rungs: list[Rung], config: PretrainConfig) -> dict[str, Any]:
         if ffn is not None:
             torch.manual_seed(config.seed)
             check(rung.name, build(ffn).eval(), torch.randn(GATED, config.d_model))
-        models[rung.name] = fresh_gpt2(run.shape(vocabulary), ffn)
+        models[rung.name] = fresh_model(run.shape(vocabulary), ffn)
     batch, timings = compare_steps(
         models,
         sequence=config.sequence,

@@ -81,8 +81,10 @@ def wikitext2_table(
         What is in `table.json`: for each row the test loss in nats a token of every seed, and the seconds before.
 
     Raises:
-        ConfigError: `config` has no two stages, no baseline, or there are no seeds.
+        ConfigError: `config` has no two stages, no baseline, predicts masked tokens, or there are no seeds.
     """
+    if config.masked:
+        raise ConfigError(f"The table is of models that predict the next token, not of {config.architecture}.")
     if not config.two_stage or not config.baseline or config.restart:
         raise ConfigError("The table needs a two-stage run in one schedule with its dense baseline beside it.")
     if seeds < 1:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from fastffn.convert.fresh import GPT2Shape
-from fastffn.data.tokenizer import training_size
-from fastffn.errors import ConfigError, did_you_mean
+from fastffn.convert.architectures import DEFAULT, get_architecture
+from fastffn.convert.fresh import ModelShape
+from fastffn.convert.match import family_named
+from fastffn.data.tokenizer import SMALLEST, training_size
+from fastffn.errors import ConfigError, KindError, did_you_mean
 from fastffn.nn import DenseConfig, FFNConfig
 from fastffn.ops.activations import get_activation
 from fastffn.registry import get_kind, kinds
@@ -25,7 +27,7 @@ def _field(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """A pre-training run: a GPT-2 in stages, and a dense one beside it.
+    """A pre-training run: a language model in stages, and a dense one beside it.
 
     The defaults are the `demo` preset's but for the learning rates. Options of the FFN kind (`rank`, `start`, ...) are
     in `ffn_options`; flags and YAML files give them like any other field.
@@ -43,6 +45,9 @@ class PretrainConfig:
     tokenizer: str = _field("train:4096", "directory or hub name, or train:N for a byte-level BPE of N tokens")
     vocabulary: int | None = _field(None, "number of tokens that the tokenizer must have; default: as many as it has")
     # Model
+    architecture: str | None = _field(
+        None, "gpt2, which predicts the next token, or bert, which predicts masked ones; default: gpt2"
+    )
     init_from: str | None = _field(None, "dense checkpoint to start from instead of random weights; fixes the shape")
     layers: int = _field(4, "Transformer blocks")
     d_model: int = _field(256, "width of the model")
@@ -93,7 +98,7 @@ class PretrainConfig:
         """Checks what can be checked before any text is read."""
         for name in ("layers", "d_model", "heads", "batch", "checkpoint_every", "validation_blocks"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        _require(self.sequence >= 2, "sequence", self.sequence, "must be at least 2: each token predicts the next")
+        _require(self.sequence >= 2, "sequence", self.sequence, "must be at least 2: tokens are predicted from others")
         for name in ("d_hidden", "micro_batch", "steps", "vocabulary", "evaluate_every", "log_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "must be at least 1")
@@ -161,7 +166,9 @@ class PretrainConfig:
                 f"optimizer is '{self.optimizer}'; the switch of stages carries the state of an AdamW "
                 "(adamw_torch, adamw_torch_fused, adamw_torch_npu_fused, ...)."
             )
-        training_size(self.tokenizer)
+        size = training_size(self.tokenizer)
+        if self.masked and size == SMALLEST:
+            raise ConfigError(f"tokenizer is '{self.tokenizer}'; with a mask token it has {SMALLEST + 1} at least.")
         get_activation(self.activation)
         self.ffn_config()
 
@@ -170,9 +177,20 @@ class PretrainConfig:
         """Whether the kind merges into the dense one: a factorised stage comes first, then a dense one."""
         return self.ffn in mergeable_kinds()
 
-    def shape(self, vocabulary: int) -> GPT2Shape:
-        """The widths of the model."""
-        return GPT2Shape(
+    @property
+    def model_type(self) -> str:
+        """The architecture; runs begun by versions that had but one did not name it."""
+        return self.architecture or DEFAULT
+
+    @property
+    def masked(self) -> bool:
+        """Whether the model predicts masked tokens; if not, the next one."""
+        return get_architecture(self.architecture).masked
+
+    def shape(self, vocabulary: int) -> ModelShape:
+        """Architecture and widths of the model."""
+        return ModelShape(
+            architecture=self.model_type,
             layers=self.layers,
             d_model=self.d_model,
             heads=self.heads,
@@ -191,6 +209,11 @@ class PretrainConfig:
             ConfigError: an option is unknown or does not fit.
         """
         kind = get_kind(self.ffn)
+        if not kind.config.TRAINS:
+            raise KindError(
+                f"The kind '{kind.name}' cannot be trained: it is for inference. Pre-train another one and convert the "
+                f"result: fastffn convert MODEL OUT --ffn {kind.name}."
+            )
         options = {name: value for name, value in self.ffn_options.items() if value is not None}
         known = kind.config.own_fields()
         for name in options:
@@ -199,7 +222,9 @@ class PretrainConfig:
                     f"The kind '{kind.name}' has no option '{name}'; it has {', '.join(sorted(known)) or 'none'}."
                     f"{did_you_mean(name, known)}"
                 )
-        widths = {"d_model": self.d_model, "activation": self.activation, "dropout": self.dropout}
+        # BERT's dropout after the FFN belongs to the module around it.
+        inside = family_named(self.model_type).dropout is not None
+        widths = {"d_model": self.d_model, "activation": self.activation, "dropout": self.dropout if inside else 0.0}
         if self.d_hidden is not None:
             widths["d_hidden"] = self.d_hidden
         fields = {field.name for field in dataclasses.fields(kind.config)}
@@ -239,7 +264,8 @@ def mergeable_kinds() -> list[str]:
     names = []
     for kind in kinds().values():
         config = kind.config(d_model=4).resolved()
-        if kind.config is not DenseConfig and kind.module.merged_tensors(config) is not None:
+        merges = kind.config is not DenseConfig and kind.module.merged_tensors(config) is not None
+        if merges and kind.config.TRAINS:
             names.append(kind.name)
     return names
 
@@ -272,16 +298,18 @@ def start_fields(directory: str) -> dict[str, Any]:
     """Fields of a run that starts from the checkpoint in `directory`: its shape, and its tokenizer if it has one.
 
     Raises:
-        CheckpointError: it is no checkpoint of a GPT-2.
+        CheckpointError: it is no checkpoint that training can start from.
     """
-    shape = GPT2Shape.of_checkpoint(Path(directory))
+    shape = ModelShape.of_checkpoint(Path(directory))
     fields: dict[str, Any] = {name: getattr(shape, name) for name in SHAPE_FIELDS}
+    if shape.architecture == DEFAULT:
+        del fields["architecture"]
     if any((Path(directory) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         fields["tokenizer"] = directory
     return fields
 
 
-SHAPE_FIELDS = ("layers", "d_model", "heads", "d_hidden", "activation")
+SHAPE_FIELDS = ("architecture", "layers", "d_model", "heads", "d_hidden", "activation")
 
 
 # Fields that differ from the defaults above.

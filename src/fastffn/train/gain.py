@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastffn.convert.fresh import fresh_gpt2, step_bound
+from fastffn.convert.fresh import fresh_model, step_bound
 from fastffn.measure.step import compare_steps
 from fastffn.train.config import PretrainConfig
 
@@ -66,8 +66,8 @@ def measure_gain(
     shape, ffn = config.shape(vocabulary), config.ffn_config()
     dense_layers = config.dense_layers or 0
     models = {
-        "dense": fresh_gpt2(shape).to(device),
-        "factorised": fresh_gpt2(shape, ffn, dense_layers=dense_layers).to(device),
+        "dense": fresh_model(shape).to(device),
+        "factorised": fresh_model(shape, ffn, dense_layers=dense_layers).to(device),
     }
     if config.gradient_checkpointing:
         for model in models.values():

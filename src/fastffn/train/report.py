@@ -9,6 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fastffn.convert.architectures import get_architecture
 from fastffn.convert.files import write_json, write_text
 
 BASELINES = ("dense", "dense_equal_tokens")
@@ -17,7 +18,7 @@ CAVEAT = (
     "merging, loading the merged model and re-warming count for the two-stage run. One seed on one machine: a ratio "
     "like this wavers by several per cent from run to run, and says nothing about larger models or longer runs."
 )
-HEADERS = ("stage", "steps", "tokens", "seconds", "tokens/s", "validation loss", "perplexity")
+HEADERS = ("stage", "steps", "tokens", "seconds", "tokens/s", "validation loss")
 
 
 def final_stage(stages: dict[str, Any]) -> str | None:
@@ -48,6 +49,12 @@ def time_to_loss(stages: dict[str, Any], baseline: str) -> dict[str, Any] | None
         "dense_seconds": dense_seconds,
         "ratio": seconds / dense_seconds if seconds is not None else None,
     }
+
+
+def headers(results: dict[str, Any]) -> tuple[str, ...]:
+    """Of the table. What masked tokens give is no perplexity of text."""
+    architecture = get_architecture(results["config"].get("architecture"))
+    return (*HEADERS, "exp(loss)" if architecture.masked else "perplexity")
 
 
 def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -110,13 +117,24 @@ def verdicts(results: dict[str, Any]) -> list[str]:
 def print_report(results: dict[str, Any], output: Path) -> None:
     """The table and the verdict, on the screen."""
     print()
-    print(tabulate(rows(results), headers=HEADERS, colalign=("left",) + ("right",) * 6, disable_numparse=True))
+    print(tabulate(rows(results), headers=headers(results), colalign=("left",) + ("right",) * 6, disable_numparse=True))
     print()
     for sentence in verdicts(results):
         print(sentence)
-    print("\nA sample of the final model, after a prompt of held-out text:")
-    print("\n".join(_quoted(results["sample"]["prompt"] + " [...] " + results["sample"]["continuation"])))
+    for title, text in _sample(results["sample"]):
+        print(f"\n{title}:")
+        print("\n".join(_quoted(text)))
     print(f"\nReport: {output / 'report.md'}", flush=True)
+
+
+def _sample(sample: dict[str, str]) -> list[tuple[str, str]]:
+    """What there is to see of the final model: titles and texts."""
+    if "filled" in sample:
+        return [("Masked, held-out text", sample["masked"]), ("Filled in by the final model", sample["filled"])]
+    return [
+        ("Prompt, held-out text", sample["prompt"]),
+        ("Continued by the final model", sample["continuation"]),
+    ]
 
 
 def write_report(output: Path, results: dict[str, Any]) -> None:
@@ -124,18 +142,11 @@ def write_report(output: Path, results: dict[str, Any]) -> None:
     results["time_to_loss"] = {
         baseline: found for baseline in BASELINES if (found := time_to_loss(results["stages"], baseline)) is not None
     }
-    sample, machine = results["sample"], results["machine"]
+    machine = results["machine"]
     end = [
         "## A sample of the final model",
         "",
-        "Prompt (held-out text):",
-        "",
-        *_quoted(sample["prompt"]),
-        "",
-        "Continuation:",
-        "",
-        *_quoted(sample["continuation"]),
-        "",
+        *(line for title, text in _sample(results["sample"]) for line in (f"{title}:", "", *_quoted(text), "")),
         "## Machine",
         "",
         f"{machine['processor']} ({machine['cpu_capability']}), {results['processes']} process(es) of "
@@ -163,6 +174,7 @@ def write_progress(output: Path, results: dict[str, Any], state: str) -> None:
 
 def _write(output: Path, results: dict[str, Any], summary: list[str], end: list[str]) -> None:
     config, gain = results["config"], results["gain"]
+    architecture = get_architecture(config.get("architecture"))
     plot(results, output / "loss_vs_time.png")
     rates = f"peak learning rate {config['dense_learning_rate'] or config['learning_rate']:g}"
     title = "Two-stage pre-training" if gain is not None else "Pre-training"
@@ -179,15 +191,16 @@ def _write(output: Path, results: dict[str, Any], summary: list[str], end: list[
     lines = [
         f"# {title}",
         "",
-        f"{config['layers']} layers x {config['d_model']}, sequence {config['sequence']}, "
+        f"{architecture.name}, {config['layers']} layers x {config['d_model']}, sequence {config['sequence']}, "
         f"{config['batch'] * config['sequence']:,} tokens a step; {rates}; seed {config['seed']}.{start}",
         f"Text: {config['data']}, {results['text']['characters']:,} characters, "
         f"{results['text']['train_tokens']:,} tokens to train on, "
-        f"{results['text']['validation_tokens']:,} to validate.",
+        f"{results['text']['validation_tokens']:,} to validate."
+        + (" Losses are of masked tokens." if architecture.masked else ""),
         "",
         tabulate(
             rows(results),
-            headers=HEADERS,
+            headers=headers(results),
             tablefmt="github",
             colalign=("left",) + ("right",) * 6,
             disable_numparse=True,

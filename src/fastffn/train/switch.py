@@ -17,6 +17,7 @@ from fastffn.convert import match
 from fastffn.convert.api import convert
 from fastffn.convert.checkpoint import merge_checkpoint
 from fastffn.convert.files import new_directory
+from fastffn.convert.fresh import trained_model
 from fastffn.errors import CheckpointError
 from fastffn.nn import FFNConfig
 from fastffn.train.trainer import StageTrainer
@@ -53,9 +54,7 @@ def factorise_stage(
     dense_layers: int = 0,
 ) -> None:
     """Writes `target`: the dense checkpoint `source` with its FFNs, but for the first few, factorised."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(source)
+    model = trained_model(source)
     same = {name: name for name, _ in model.named_parameters()}
     family = match.family_of(model.config)
     convert(model, config, filter=match.after_first(model, dense_layers))

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastffn.convert.fresh import GPT2Shape
+from fastffn.convert.fresh import ModelShape
 from fastffn.data.blocks import TokenBlocks, token_blocks
+from fastffn.data.masking import Masking
 from fastffn.data.text import find_text
 from fastffn.data.tokenizer import fits_vocabulary, load_tokenizer, train_tokenizer, training_size
 from fastffn.errors import ConfigError, DataError
@@ -46,6 +47,11 @@ class RunText:
     def train(self) -> Any:
         """The blocks to train on."""
         return self.blocks.train
+
+    @property
+    def masking(self) -> Masking | None:
+        """How blocks are masked, for a model that predicts masked tokens."""
+        return Masking.of(self.tokenizer) if self.config.masked else None
 
     @property
     def identity(self) -> str:
@@ -114,21 +120,30 @@ def read_text(config: PretrainConfig, saved: Path | None) -> RunText:
 
 def _tokenizer(config: PretrainConfig, saved: Path | None) -> Any:
     if saved is not None and saved.is_dir():
-        tokenizer = load_tokenizer(str(saved))
+        tokenizer = load_tokenizer(str(saved), end_of_text=not config.masked)
     else:
         size = training_size(config.tokenizer)
         if size is None:
-            tokenizer = load_tokenizer(config.tokenizer)
+            tokenizer = load_tokenizer(config.tokenizer, end_of_text=not config.masked)
         else:
             source = find_text(config.data, column=config.text_column, separator=config.document_separator)
-            tokenizer = train_tokenizer(source, size, progress=sys.stderr.isatty())
+            tokenizer = train_tokenizer(source, size, mask=config.masked, progress=sys.stderr.isatty())
+    if config.masked:
+        Masking.of(tokenizer)
+        if tokenizer.eos_token_id is None:
+            # What separates documents in the blocks; BERT's own tokenizers end a text so.
+            tokenizer.eos_token = tokenizer.sep_token
+        if tokenizer.eos_token_id is None:
+            raise DataError(
+                f"The tokenizer '{config.tokenizer}' has neither eos_token nor sep_token; documents must be separated."
+            )
     if config.vocabulary is not None and len(tokenizer) != config.vocabulary:
         raise DataError(
             f"The tokenizer '{config.tokenizer}' has {len(tokenizer)} tokens, but vocabulary is "
             f"{config.vocabulary}. Choose the tokenizer that fits, or another vocabulary."
         )
     if config.init_from is not None:
-        known = GPT2Shape.of_checkpoint(Path(config.init_from)).vocabulary
+        known = ModelShape.of_checkpoint(Path(config.init_from)).vocabulary
         if training_size(config.tokenizer) is not None or not fits_vocabulary(len(tokenizer), known):
             raise DataError(
                 f"The tokenizer '{config.tokenizer}' has {len(tokenizer)} tokens, the checkpoint "
@@ -149,9 +164,11 @@ def check_start(config: PretrainConfig, output: Path) -> None:
     check_outside(output, {"init_from": config.init_from, "tokenizer": config.tokenizer})
     if config.init_from is None:
         return
-    there = GPT2Shape.of_checkpoint(Path(config.init_from))
+    there = ModelShape.of_checkpoint(Path(config.init_from))
     for name in SHAPE_FIELDS:
         here, known = getattr(config, name), getattr(there, name)
+        if name == "architecture":
+            here = config.model_type
         if name == "d_hidden":
             here, known = here or 4 * config.d_model, known or 4 * there.d_model
         if here != known:

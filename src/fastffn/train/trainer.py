@@ -33,6 +33,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from fastffn.convert.io import REMEDY_TENSOR
 from fastffn.convert.match import family_ffns, family_of, fastffn_modules
+from fastffn.data.masking import Masking, mask_blocks
 from fastffn.errors import TrainingDivergedError
 from fastffn.nn import FFN, auxiliary_loss
 from fastffn.train import checkpoints
@@ -255,11 +256,31 @@ class StageTrainer(RunTrainer):
     Args:
         stage, clock, watch: see `RunTrainer`.
         frobenius: decay the product of the factors, where the kind knows how.
+        masking: for a model that predicts masked tokens. Masks depend on the block, the seed of the data's order and
+            the step, those of validation on the block alone.
     """
 
-    def __init__(self, *, frobenius: bool, **kwargs: Any) -> None:
+    def __init__(self, *, frobenius: bool, masking: Masking | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.frobenius = frobenius
+        self.masking = masking
+        if masking is not None:
+            # Their losses are means, whatever their signature says; all blocks have as many tokens to predict.
+            self.model_accepts_loss_kwargs = False
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        """See `Trainer.get_batch_samples`; what is to be predicted is masked."""
+        batches = self._masked(epoch_iterator, self.stage.data_seed, self.state.global_step)
+        return super().get_batch_samples(batches, *args, **kwargs)
+
+    def _masked(self, batches: Iterator[Any], *key: int) -> Iterator[Any]:
+        """The same batches; what a model of masked tokens is to predict is masked."""
+        for batch in batches:
+            if self.masking is None:
+                yield batch
+            else:
+                seen, labels = mask_blocks(batch["input_ids"], self.masking, *key)
+                yield batch | {"input_ids": seen, "labels": labels}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """See `Trainer.create_optimizer`."""
@@ -328,8 +349,10 @@ class StageTrainer(RunTrainer):
         model = self._wrap_model(cast(Any, self.model), training=False)
         model.eval()
         loss, tokens = 0.0, 0
-        for inputs in dataloader:
-            counted = int((inputs["labels"][:, 1:] != -100).sum())
+        # Masked alike at every validation.
+        for inputs in self._masked(iter(dataloader)):
+            # The first token of a block, which is predicted by none, has no label.
+            counted = int((inputs["labels"] != -100).sum())
             # Not prediction_step: it speaks to the other processes at each batch, and they may have one more.
             with torch.no_grad(), self.compute_loss_context_manager():
                 mean = model(**self._prepare_inputs(inputs)).loss

@@ -108,19 +108,3 @@ def test_pooling_leaves_padding_out() -> None:
     assert losses.mean_pooled(states, mask).tolist() == [[2.0, 1.0], [5.0, 5.0]]
     distance = losses.cosine_distance(torch.tensor([[2.0, 0.0], [1.0, 0.0]]), torch.tensor([[5.0, 0.0], [0.0, 3.0]]))
     torch.testing.assert_close(distance, torch.tensor([0.0, 1.0]))
-
-
-def test_masking_follows_bert() -> None:
-    ids = torch.randint(10, 1000, (100, 200))
-    maskable = torch.ones_like(ids, dtype=torch.bool)
-    maskable[:, 0] = False
-    generator = torch.Generator().manual_seed(7)
-    seen, chosen = losses.mask_tokens(ids, maskable, mask_token=3, vocabulary=1000, generator=generator)
-    assert not chosen[:, 0].any()
-    assert torch.equal(seen[~chosen], ids[~chosen])
-    assert float(chosen[:, 1:].float().mean()) == pytest.approx(0.15, abs=0.01)
-    masked, kept = seen[chosen] == 3, seen[chosen] == ids[chosen]
-    assert float(masked.float().mean()) == pytest.approx(0.8, abs=0.02)
-    assert float(kept.float().mean()) == pytest.approx(0.1, abs=0.02)
-    again = losses.mask_tokens(ids, maskable, mask_token=3, vocabulary=1000, generator=torch.Generator().manual_seed(7))
-    assert torch.equal(again[0], seen)

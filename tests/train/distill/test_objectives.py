@@ -13,8 +13,9 @@ import fastffn
 from fastffn import LeafTreeConfig, LowRankConfig
 from fastffn.convert.api import place_fresh
 from fastffn.convert.match import fastffn_modules
+from fastffn.data.masking import Masking
 from fastffn.train.distill.models import InputsOf, choose_trainable, dense_ffns, ffn_parameters, lm_features, make_ready
-from fastffn.train.distill.objectives import FFNRegression, LogitDistance, Masking, StateDistance
+from fastffn.train.distill.objectives import FFNRegression, LogitDistance, StateDistance
 from fastffn.train.distill.trainer import held_out
 
 MASKING = Masking(mask_token=4, special_tokens=(0, 1, 2), vocabulary=60)

@@ -136,7 +136,8 @@ def _brief(config: FFNConfig) -> str:
     values = config.to_dict()
     usual = type(config)().to_dict()
     own = ", ".join(f"{n}={values[n]}" for n in config.own_fields() if values[n] != usual[n])
-    return f"{kind_of(config).name} ({own})"
+    name = kind_of(config).name
+    return f"{name} ({own})" if own else name
 
 
 class _Made:

@@ -1,4 +1,4 @@
-"""What distillation minimises, on tensors: divergence of logits, distance of states, masked tokens.
+"""What distillation minimises, on tensors: divergence of logits, distance of states.
 
 B sentences, T tokens of a sentence, N tokens of a batch, D width, V vocabulary
 """
@@ -109,29 +109,3 @@ def mean_pooled(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def cosine_distance(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """One minus the cosine, row by row: `[B, D]` twice to `[B]`."""
     return 1 - F.cosine_similarity(found.float(), wanted.float(), dim=-1)
-
-
-def mask_tokens(
-    ids: torch.Tensor,
-    maskable: torch.Tensor,
-    *,
-    mask_token: int,
-    vocabulary: int,
-    generator: torch.Generator | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """BERT's task: 15% of the tokens are chosen; of those 80% are masked, 10% become random ones, 10% stay.
-
-    Args:
-        ids: `[B, T]`; maskable: `[B, T]`, False for padding and special tokens.
-        mask_token: number of the mask token.
-        vocabulary: number of tokens.
-        generator: of random numbers; None: torch's own, whose state checkpoints keep.
-
-    Returns:
-        The ids that the models see, and which tokens were chosen, both `[B, T]`.
-    """
-    chance, fate = (torch.rand(ids.shape, device=ids.device, generator=generator) for _ in range(2))
-    others = torch.randint(0, vocabulary, ids.shape, device=ids.device, generator=generator)
-    chosen = (chance < 0.15) & maskable
-    seen = torch.where(chosen & (fate < 0.8), torch.full_like(ids, mask_token), ids)
-    return torch.where(chosen & (fate >= 0.9), others, seen), chosen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +11,12 @@ import torch
 from torch import nn
 
 from fastffn.convert import match
-from fastffn.convert.io import QUANT_METHOD
-from fastffn.convert.loading import architecture_of, is_causal, load_model, read_config
-from fastffn.errors import CheckpointError, ConversionError
+from fastffn.convert.io import QUANT_METHOD, described_in, undescribe
+from fastffn.convert.loading import is_causal, load_model, model_class_of, read_config
+from fastffn.convert.select import enumerated
+from fastffn.errors import CheckpointError, ConversionError, KindError
+from fastffn.nn import FFNConfig
+from fastffn.registry import kind_of
 
 Task = Literal["causal", "masked", "states"]
 # What student and teacher must agree in, under transformers' common names.
@@ -69,6 +72,10 @@ def find_pair(student: Path, teacher: Path) -> Pair:
             f"The student {student} holds no FastFFN kinds (its config.json has no quantization_config of method "
             f"'{QUANT_METHOD}'): there is nothing to recover. Convert a model first, and save it."
         )
+    described = described_in(values[student], str(student))
+    found = [undescribe(value) for value in (described.ffn, *described.layers.values()) if value is not None]
+    if not any(config.TRAINS for config in found):
+        raise _nothing_learns(found)
     if kinds[teacher] is not None:
         raise CheckpointError(
             f"The teacher {teacher} is not dense (its config.json has a quantization_config of method "
@@ -80,7 +87,7 @@ def find_pair(student: Path, teacher: Path) -> Pair:
             f"The student {student} is a {names[student]}, the teacher {teacher} a {names[teacher]}; they must be of "
             "one architecture."
         )
-    architecture = architecture_of(values[student], student)
+    architecture = model_class_of(values[student], student)
     config, other = (architecture.config_class.from_pretrained(path) for path in (student, teacher))
     for field in _SAME:
         here, there = getattr(config, field, None), getattr(other, field, None)
@@ -175,10 +182,21 @@ def ffn_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
         yield from module.parameters()
 
 
+def _nothing_learns(configs: Sequence[FFNConfig]) -> KindError:
+    kinds = sorted({kind_of(config).name for config in configs})
+    return KindError(
+        f"The student's FFNs are of kind {enumerated(kinds)}, whose weights do not learn: there is nothing to recover. "
+        "Distill a student of another kind; what comes out can be merged, and converted to this one last."
+    )
+
+
 def choose_trainable(model: nn.Module, trainable: str) -> None:
     """Lets gradients reach all of a model, or only its FastFFN modules (`ffn`)."""
+    own = list(ffn_parameters(model))
+    if not own:
+        raise _nothing_learns([module.config for _, module in match.fastffn_modules(model)])
     model.requires_grad_(trainable == "all")
-    for parameter in ffn_parameters(model):
+    for parameter in own:
         parameter.requires_grad_(True)
 
 

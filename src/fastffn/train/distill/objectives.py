@@ -7,28 +7,19 @@ text are kept as pairs of numerator and denominator, so that every token counts 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from fastffn.convert.match import fastffn_modules
+from fastffn.data.masking import Masking, mask_tokens
 from fastffn.nn import auxiliary_loss
 from fastffn.train.distill import losses
 from fastffn.train.distill.models import InputsOf, Task, dense_ffns, lm_features, lm_head
 
 Batch = dict[str, torch.Tensor]
 Sums = dict[str, tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Masking:
-    """How a masked language model's inputs are made: see `losses.mask_tokens`."""
-
-    mask_token: int
-    special_tokens: tuple[int, ...]
-    vocabulary: int
 
 
 class Shown(NamedTuple):
@@ -57,14 +48,7 @@ class Objective(ABC):
         real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(ids, dtype=torch.bool)
         if self.masking is None:
             return Shown(batch, real, real)
-        special = torch.tensor(self.masking.special_tokens, device=ids.device)
-        seen, chosen = losses.mask_tokens(
-            ids,
-            real & ~torch.isin(ids, special),
-            mask_token=self.masking.mask_token,
-            vocabulary=self.masking.vocabulary,
-            generator=generator,
-        )
+        seen, chosen = mask_tokens(ids, real & self.masking.maskable(ids), self.masking, generator=generator)
         return Shown(batch | {"input_ids": seen}, real, chosen)
 
     @abstractmethod

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from fastffn.data import blocks
+from fastffn.data.masking import Masking
 from fastffn.data.sequences import pad, token_sequences
 from fastffn.data.tokenizer import fits_vocabulary, load_tokenizer
 from fastffn.errors import ConfigError, DataError
 from fastffn.train.distill.config import DistillConfig
 from fastffn.train.distill.models import Pair
-from fastffn.train.distill.objectives import Masking
 from fastffn.train.processes import say
 from fastffn.train.text import HELD_OUT, spread
 
@@ -76,7 +76,7 @@ def read_distill_text(config: DistillConfig, pair: Pair) -> DistillText:
         found = token_sequences(config.data, tokenizer, config.sequence, **options)
         collate = partial(pad, padding=tokenizer.pad_token_id)
         if pair.task == "masked":
-            masking = Masking(tokenizer.mask_token_id, tuple(tokenizer.all_special_ids), len(tokenizer))
+            masking = Masking.of(tokenizer)
     if len(found.train) < config.batch:
         raise DataError(
             f"The text makes {len(found.train)} sequences of {'' if pair.task == 'causal' else 'at most '}"
