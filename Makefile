@@ -38,8 +38,9 @@ lint: .venv/dev
 types: .venv/dev
 	$(BIN)/mypy
 
+# A process a core, each with one thread; files stay together, for what their tests share.
 unit: .venv/dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 docs: .venv/dev
 	$(BIN)/mkdocs build --strict --quiet
@@ -59,7 +60,7 @@ sanitize: .venv/dev
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	FASTFFN_SANITIZED=$$(ls $(SANITIZE)/_cpu*.so) \
-	$(BIN)/python -m pytest -p tests.sanitized -p no:cacheprovider tests/ops -k "cpu or backends"
+	$(BIN)/python -m pytest -p tests.sanitized -p no:cacheprovider tests/ops -k "cpu or backends or compiled"
 
 clean:
 	rm -rf .venv build dist site runs

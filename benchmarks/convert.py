@@ -4,6 +4,7 @@
     python benchmarks/convert.py minilm checkpoints/minilm --minutes 8 --name epyc-sentences
     python benchmarks/convert.py minilm checkpoints/minilm --minutes 8 --name epyc-2cores --text corpus
     python benchmarks/convert.py smollm2 checkpoints/smollm2 --minutes 10 --name epyc-2cores
+    python benchmarks/convert.py smollm2 checkpoints/smollm2 --name epyc-int8 --recipes "int8 weights"
 
 Three parts: `quality` (dense, int8, each recipe after conversion and, for some, after `--minutes` of distillation),
 `sensitivity` (a few layers converted at a time) and `speed`. Pieces that are done are kept: the same command goes on.
@@ -42,7 +43,7 @@ from fastffn.data.batches import text_batches
 from fastffn.data.text import find_text
 from fastffn.data.tokenizer import load_tokenizer
 from fastffn.measure.machine import describe_machine
-from fastffn.nn import FFNConfig, LowRankConfig, MoEConfig, NarrowConfig
+from fastffn.nn import FFNConfig, Int8Config, LowRankConfig, MoEConfig, NarrowConfig
 from fastffn.settings import data_dir
 
 RESULTS = Path(__file__).parent / "results" / "convert"
@@ -61,6 +62,11 @@ class Recipe:
     config: FFNConfig
     layers: int | None = None
     distill: bool = False
+
+    @property
+    def linear(self) -> bool:
+        """Whether its FFNs are linear layers, which may be quantised and packed as a dense one's."""
+        return not isinstance(self.config, (Int8Config, MoEConfig))
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ STUDIES = {
             "narrow 576, 5 layers": Recipe(NarrowConfig(width=576, drop=True), layers=5),
             "low_rank 128": Recipe(LowRankConfig(rank=128)),
             "moe 4 of 12, 192 shared": Recipe(MoEConfig(experts=12, active=4, shared=192)),
+            "int8 weights": Recipe(Int8Config()),
         },
         together=1,
         calibration=32768,
@@ -105,14 +112,15 @@ STUDIES = {
     "smollm2": Study(
         text="corpus",
         recipes={
-            "narrow 768": Recipe(NarrowConfig(width=768, drop=True)),
+            "narrow 768": Recipe(NarrowConfig(width=768, drop=True), distill=True),
             "narrow 768, 9 layers": Recipe(NarrowConfig(width=768, drop=True), layers=9),
             "narrow 768, 18 layers": Recipe(NarrowConfig(width=768, drop=True), layers=18),
+            "int8 weights": Recipe(Int8Config()),
         },
         together=3,
         calibration=8192,
         sequence=512,
-        distill={"sequence": 256, "batch": 8, "layer_steps": 0, "steps": 150, "learning_rate": 3e-4},
+        distill={"sequence": 256, "batch": 8, "layer_steps": 0, "steps": 20, "learning_rate": 3e-4},
     ),
 }
 
@@ -160,11 +168,16 @@ class Bench:
         """Dense, int8, and every recipe, before and after it is recovered."""
         self.piece("quality", "dense", lambda: self.quality(self.load(self.directory)))
         self.piece("quality", "dense, int8", lambda: self.quality(speed.int8(self.load(self.directory))))
+        narrower = "dense, bfloat16"
+        self.piece("quality", narrower, lambda: self.quality(self.load(self.directory).to(torch.bfloat16)))
         for name, recipe in self.study.recipes.items():
             self.piece("quality", name, lambda name=name: self.quality(self.model(name)))
-            if recipe.layers is None and not isinstance(recipe.config, MoEConfig):
+            if recipe.layers is None and recipe.linear:
                 both = f"{name}, int8"
                 self.piece("quality", both, lambda name=name: self.quality(speed.int8(self.model(name))))
+            elif isinstance(recipe.config, Int8Config):
+                both = f"{name}, bfloat16"
+                self.piece("quality", both, lambda name=name: self.quality(self.model(name).to(torch.bfloat16)))
             if recipe.distill and minutes:
                 student = self.student(name)
                 self.piece("distilled", name, lambda student=student: self.recovered(student, minutes))
@@ -269,12 +282,15 @@ class Bench:
         dense = self.load(self.directory)
         paths = [path for path, _ in match.family_ffns(dense, match.family_of(dense.config))]
         models = {"dense": dense, "dense, oneDNN": speed.packed(dense), "dense, int8": speed.int8(dense)}
+        models["dense, bfloat16"] = self.load(self.directory).to(torch.bfloat16)
         for name, recipe in self.study.recipes.items():
             model = self.model(name)
             models[name] = model
-            if recipe.layers is None and not isinstance(recipe.config, MoEConfig):
+            if recipe.layers is None and recipe.linear:
                 models[f"{name}, oneDNN"] = speed.packed(model)
                 models[f"{name}, int8"] = speed.int8(model)
+            elif isinstance(recipe.config, Int8Config):
+                models[f"{name}, bfloat16"] = self.model(name).to(torch.bfloat16)
         races: dict[str, Callable[[], Any]] = {"FFNs, 32 tokens": lambda: speed.ffn_calls(models, paths, 32)}
         if hasattr(dense, "lm_head"):
             races["FFNs, 1 token"] = lambda: speed.ffn_calls(models, paths, 1)
@@ -311,6 +327,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="the dense original; see real_models.py")
     parser.add_argument("--text", choices=["corpus", "sentences"], help="to calibrate on; the model's own by default")
     parser.add_argument("--parts", default="quality,sensitivity,speed", help="some of them, with commas")
+    parser.add_argument("--recipes", help="some of the model's recipes, with commas; all by default")
     parser.add_argument("--minutes", type=float, default=10.0, help="of distillation for a recipe; 0: none")
     parser.add_argument("--rounds", type=int, default=20, help="of the timer")
     parser.add_argument("--name", default="here", help="which machine it was")
@@ -321,7 +338,9 @@ def main() -> None:
         sys.exit("FASTFFN_DATA_DIR names no folder; the texts of this benchmark are read from there.")
     results = RESULTS / f"{args.model}-{args.name}.json"
     study = STUDIES[args.model]
-    study = dataclasses.replace(study, text=args.text or study.text)
+    wanted = args.recipes.split(",") if args.recipes else list(study.recipes)
+    recipes = {name: study.recipes[name] for name in wanted}
+    study = dataclasses.replace(study, text=args.text or study.text, recipes=recipes)
     bench = Bench(study, args.checkpoint, data, args.work / f"{args.model}-{study.text}", results)
     for part in args.parts.split(","):
         if part == "sensitivity":

@@ -70,7 +70,7 @@ class Sentences:
             texts = [self.texts[number] for number in order[start : start + 64]]
             batch = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=128)
             mask = batch["attention_mask"].unsqueeze(2)
-            hidden = model(**batch).last_hidden_state
+            hidden = model(**batch).last_hidden_state.float()
             parts.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1))
         return torch.cat(parts)[torch.tensor(order).argsort()]
 

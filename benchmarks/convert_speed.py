@@ -68,7 +68,7 @@ def ffn_calls(models: Mapping[str, Any], paths: list[str], rows: int) -> dict[st
     for name, model in models.items():
         ffns = [_whole_ffn(model, path) for path in paths]
         width = model.config.hidden_size
-        calls[name] = partial(_each, ffns, torch.randn(1, rows, width))
+        calls[name] = partial(_each, ffns, torch.randn(1, rows, width, dtype=model.dtype))
     return calls
 
 

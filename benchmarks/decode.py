@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastffn.convert.files import write_json
-from fastffn.convert.fresh import GPT2Shape, fresh_gpt2
+from fastffn.convert.fresh import ModelShape, fresh_model
 from fastffn.measure.machine import describe_machine
 from fastffn.measure.timer import alternate
 from fastffn.nn import NeuronTreeConfig
@@ -44,10 +44,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.manual_seed(0)
-    shape = GPT2Shape(layers=12, d_model=768, heads=12, sequence=1024, vocabulary=50257)
+    shape = ModelShape(layers=12, d_model=768, heads=12, sequence=1024, vocabulary=50257)
     models = {
-        "dense": fresh_gpt2(shape).eval(),
-        "neuron_tree 1x11": fresh_gpt2(shape, NeuronTreeConfig(d_model=768, depth=11)).eval(),
+        "dense": fresh_model(shape).eval(),
+        "neuron_tree 1x11": fresh_model(shape, NeuronTreeConfig(d_model=768, depth=11)).eval(),
     }
     prompt, long = (torch.randint(shape.vocabulary, (1, length)) for length in (args.context, 1024))
     parts: dict[str, Any] = {
@@ -56,7 +56,7 @@ def main() -> None:
     }
     result: dict[str, Any] = {"shape": asdict(shape), "arguments": vars(args), "machine": describe_machine()}
     # What is left if FFNs cost nothing: the same model without them.
-    bare = fresh_gpt2(shape).eval()
+    bare = fresh_model(shape).eval()
     for block in bare.transformer.h:
         block.mlp = torch.nn.Identity()
     for part, run in parts.items():

@@ -20,7 +20,7 @@ from tabulate import tabulate
 
 from fastffn.bench.step import bench_step
 from fastffn.convert.files import write_json
-from fastffn.convert.fresh import GPT2Shape
+from fastffn.convert.fresh import ModelShape
 from fastffn.measure.machine import describe_machine
 from fastffn.nn import LowRankConfig
 
@@ -34,7 +34,7 @@ def shapes() -> list[dict[str, Any]]:
     """Part one."""
     rows = []
     for layers, width in SHAPES:
-        shape = GPT2Shape(layers=layers, d_model=width, heads=4, sequence=256, vocabulary=2048)
+        shape = ModelShape(layers=layers, d_model=width, heads=4, sequence=256, vocabulary=2048)
         ffn = LowRankConfig(d_model=width, rank=width // 4, activation=shape.activation)
         found = bench_step(shape, ffn, batch=4, precision="fp32", compiled=False)
         rows.append({"layers": layers, "d_model": width, **found})

@@ -7,10 +7,10 @@ import pytest
 from fastffn import LowRankConfig
 from fastffn.bench import step as module
 from fastffn.bench.step import bench_step, format_step
-from fastffn.convert.fresh import GPT2Shape
+from fastffn.convert.fresh import ModelShape
 from fastffn.errors import MeasurementError
 
-SHAPE = GPT2Shape(layers=2, d_model=32, heads=2, sequence=16, vocabulary=50)
+SHAPE = ModelShape(layers=2, d_model=32, heads=2, sequence=16, vocabulary=50)
 
 
 def test_measures_both_and_states_the_bound() -> None:

@@ -164,8 +164,8 @@ def test_deepcopy(config: FFNConfig) -> None:
     x = torch.randn(4, D)
     before = ffn(x)
     with torch.no_grad():
-        for parameter in copied.parameters():
-            parameter.zero_()
+        for tensor in copied.state_dict().values():
+            tensor.zero_()
     assert torch.equal(ffn(x), before)
     assert not torch.equal(copied(x), before)
 

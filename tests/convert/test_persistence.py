@@ -16,6 +16,7 @@ import fastffn
 import fastffn.hf
 from fastffn.convert.match import fastffn_modules
 from fastffn.errors import CheckpointError, KindError
+from fastffn.registry import kind_of, kinds
 from tests.convert.models import (
     CAUSAL,
     KINDS,
@@ -44,7 +45,7 @@ def loss_of(model, ids: torch.Tensor) -> torch.Tensor:
 def test_saved_and_loaded(name, kind, tmp_path) -> None:
     model = put(make(name), kind)
     modules = list(fastffn_modules(model))
-    assert len(modules) == 2 and all(module.config.own_fields() for _, module in modules) is (kind != "dense")
+    assert len(modules) == 2 and all(kind_of(module.config).name == kind for _, module in modules)
     model.save_pretrained(tmp_path / "one")
     loaded, info = type(model).from_pretrained(tmp_path / "one", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -110,7 +111,7 @@ def test_gradient_checkpointing(name, kind) -> None:
         if one.grad is not None:
             torch.testing.assert_close(other.grad, one.grad, msg=path)
             compared += path.startswith(tuple(ours))
-    assert compared >= 2 * len(ours)
+    assert compared >= 2 * len(ours) or not kinds()[kind].config.TRAINS
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,7 +141,9 @@ def test_compiled(name, kind) -> None:
 def test_the_trainer_takes_a_step(name, kind, tmp_path) -> None:
     put(make(name), kind).save_pretrained(tmp_path / "model")
     model = type(make(name)).from_pretrained(tmp_path / "model")
-    before = {path: next(module.parameters()).detach().clone() for path, module in fastffn_modules(model)}
+    trains = kinds()[kind].config.TRAINS
+    learning = [next((module if trains else model).parameters()) for _, module in fastffn_modules(model)]
+    before = [parameter.detach().clone() for parameter in learning]
 
     class OwnLoss(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
@@ -158,8 +161,7 @@ def test_the_trainer_takes_a_step(name, kind, tmp_path) -> None:
         learning_rate=1e-2,
     )
     OwnLoss(model, arguments, train_dataset=[{"input_ids": row} for row in tokens()]).train()
-    for path, module in fastffn_modules(model):
-        assert not torch.equal(next(module.parameters()), before[path]), path
+    assert not any(torch.equal(*pair) for pair in zip(learning, before, strict=True))
     # What the Trainer has saved is a checkpoint like any other.
     saved = type(model).from_pretrained(tmp_path / "out" / "checkpoint-1").eval()
     assert torch.equal(first_output(saved), first_output(model.eval()))

@@ -10,8 +10,9 @@ import torch
 import fastffn
 from fastffn import DenseConfig, LowRankConfig, MoEConfig, NeuronTreeConfig
 from fastffn.convert import report as module
-from fastffn.convert.report import LayerReport, cost
-from tests.convert.models import D, H, make
+from fastffn.convert.report import LayerReport, cost, measure_speed
+from fastffn.registry import get_kind
+from tests.convert.models import KINDS, D, H, config_of, make
 
 
 def test_costs() -> None:
@@ -90,3 +91,11 @@ class _Timing:
 def test_a_layer_that_was_left() -> None:
     layer = LayerReport("here", DenseConfig(d_model=D), None, "not selected")
     assert (layer.kind, layer.parameters_after) == ("left as it was", layer.parameters_before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_timed(kind: str) -> None:
+    dense = DenseConfig(d_model=24, d_hidden=36).resolved()
+    ffn = get_kind(kind).module(config_of(kind).fitted_to(dense)).to(torch.bfloat16)
+    speed = measure_speed(dense, ffn, 3)
+    assert speed.before > 0 and speed.after > 0 and ffn.training

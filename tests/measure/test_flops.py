@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from fastffn import BlockConfig, LowRankConfig, build
-from fastffn.convert.fresh import GPT2Shape, fresh_gpt2, step_bound
+from fastffn.convert.fresh import ModelShape, fresh_model, step_bound
 from fastffn.measure.flops import count_flops, layer_flops, step_flops
 
-SEED = GPT2Shape(layers=6, d_model=768, heads=12, sequence=1024, vocabulary=50257)
+SEED = ModelShape(layers=6, d_model=768, heads=12, sequence=1024, vocabulary=50257)
 
 
 def test_counts_matrix_products() -> None:
@@ -32,7 +32,7 @@ def test_the_published_shape_by_hand() -> None:
 
 
 def test_a_higher_rank_allows_less() -> None:
-    shape = GPT2Shape(layers=2, d_model=64, heads=4, sequence=32, vocabulary=100)
+    shape = ModelShape(layers=2, d_model=64, heads=4, sequence=32, vocabulary=100)
     bounds = [step_bound(shape, LowRankConfig(rank=rank)).speedup for rank in (2, 8, 32, 64)]
     assert bounds == sorted(bounds, reverse=True)
     # At full rank the factors cost more than the dense FFN.
@@ -48,11 +48,11 @@ def test_blocks_cost_what_their_formula_says() -> None:
 
 
 def test_batched_products_of_an_ffn_are_not_taken_for_attention() -> None:
-    shape = GPT2Shape(layers=2, d_model=64, heads=4, sequence=32, vocabulary=100)
+    shape = ModelShape(layers=2, d_model=64, heads=4, sequence=32, vocabulary=100)
     block, low_rank = BlockConfig(blocks=4), LowRankConfig(rank=16)  # of equal cost
     assert step_bound(shape, block) == step_bound(shape, low_rank)
     with torch.device("meta"):
-        whole = fresh_gpt2(shape, low_rank)
+        whole = fresh_model(shape, low_rank)
     assert step_bound(shape, low_rank).factorised == step_flops(whole, shape.sequence)
 
 
@@ -72,10 +72,10 @@ def test_a_leaf_tree_needs_one_node_of_each_of_the_upper_levels(depth: int) -> N
 
 
 def test_layers_that_stay_dense_cost_what_dense_layers_cost() -> None:
-    shape = GPT2Shape(layers=3, d_model=64, heads=4, sequence=32, vocabulary=100)
+    shape = ModelShape(layers=3, d_model=64, heads=4, sequence=32, vocabulary=100)
     one, none = step_bound(shape, LowRankConfig(rank=8), 1), step_bound(shape, LowRankConfig(rank=8))
     assert one.dense == none.dense
     assert 3 * (one.factorised - none.factorised) == none.dense - none.factorised
     with torch.device("meta"):
-        whole = fresh_gpt2(shape, LowRankConfig(rank=8), dense_layers=1)
+        whole = fresh_model(shape, LowRankConfig(rank=8), dense_layers=1)
     assert one.factorised == step_flops(whole, shape.sequence)

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from fastffn.convert.match import fastffn_modules
+from fastffn.registry import kinds
 from tests.convert.models import KINDS, MODELS, make, put, tokens
 from tests.parallel.processes import PROCESSES, on_two_processes
 
@@ -30,7 +31,7 @@ def learns_the_same(mesh: DeviceMesh, name: str, kind: str) -> None:
         if one.grad is not None:
             torch.testing.assert_close(other.grad, one.grad, rtol=1e-6, atol=1e-9, msg=f"{name} {kind} {path}")
             compared += any(path.startswith(f"{ffn}.") for ffn, _ in fastffn_modules(alone))
-    assert compared >= 4, (name, kind)
+    assert compared >= 4 or not kinds()[kind].config.TRAINS, (name, kind)
 
 
 def check_all(mesh: DeviceMesh) -> None:

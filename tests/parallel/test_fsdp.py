@@ -45,7 +45,7 @@ class Stack(nn.Module):
 
 
 def cases() -> list[FFNConfig]:
-    stackable = [config for name in NAMES for config in variants(name) if config.resolved().d_out == D]
+    stackable = [c for name in NAMES for c in variants(name) if c.TRAINS and c.resolved().d_out == D]
     return stackable + [config_of(name, **options) for name, options in UNEVEN]
 
 

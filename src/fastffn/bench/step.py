@@ -10,7 +10,7 @@ import torch
 from tabulate import tabulate
 
 from fastffn.convert.api import merge
-from fastffn.convert.fresh import GPT2Shape, fresh_gpt2, step_bound
+from fastffn.convert.fresh import ModelShape, fresh_model, step_bound
 from fastffn.measure.gate import gate
 from fastffn.measure.machine import describe_machine
 from fastffn.measure.memory import peak_bytes
@@ -22,7 +22,7 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def bench_step(
-    shape: GPT2Shape,
+    shape: ModelShape,
     ffn: FFNConfig,
     *,
     batch: int,
@@ -51,8 +51,8 @@ def bench_step(
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or torch.device("cpu")
     models: dict[str, Any] = {
-        "dense": fresh_gpt2(shape).to(device),
-        "factorised": fresh_gpt2(shape, ffn).to(device),
+        "dense": fresh_model(shape).to(device),
+        "factorised": fresh_model(shape, ffn).to(device),
     }
     error = _gate(models["factorised"], shape)
     timed: dict[str, Any] = {name: torch.compile(model) if compiled else model for name, model in models.items()}
@@ -93,7 +93,7 @@ def bench_step(
 
 
 @torch.no_grad()
-def _gate(model: Any, shape: GPT2Shape) -> float:
+def _gate(model: Any, shape: ModelShape) -> float:
     """The factorised model against its merged form; both in float64 give the exact value."""
     ids = random_tokens(1, min(32, shape.sequence), shape.vocabulary, torch.device("cpu"))
     factorised = copy.deepcopy(model).cpu().eval()

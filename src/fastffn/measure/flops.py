@@ -67,15 +67,16 @@ def count_flops(run: Callable[[], object], *, causal: bool = True) -> int:
     return total
 
 
-def step_flops(model: nn.Module, sequence: int) -> int:
-    """Forward and backward FLOPs of a causal language model (on device "meta") on one sequence."""
+def step_flops(model: nn.Module, sequence: int, *, causal: bool = True) -> int:
+    """Forward and backward FLOPs of a language model (on device "meta") on one sequence; see `count_flops`."""
 
     def run() -> Any:
         ids = torch.zeros(1, sequence, dtype=torch.long, device="meta")
         # With a cache transformers does not look into the tokens for packed sequences; "meta" tokens have no values.
-        return model(input_ids=ids, labels=ids, use_cache=True).loss.backward()
+        options = {"use_cache": True} if causal else {}
+        return model(input_ids=ids, labels=ids, **options).loss.backward()
 
-    return count_flops(run)
+    return count_flops(run, causal=causal)
 
 
 def layer_flops(layer: nn.Module, sequence: int, width: int, *, backward: bool = True) -> int:

@@ -16,7 +16,7 @@ def training_step(model: nn.Module, ids: torch.Tensor, autocast: torch.dtype | N
     """A call that takes one AdamW step of `model` on the tokens `ids [batch, sequence]`.
 
     Args:
-        model: a causal language model of transformers, on the device of `ids`.
+        model: a language model of transformers, on the device of `ids`.
         ids: random token numbers.
         autocast: dtype of the matrix products; None: that of the parameters.
     """
@@ -55,7 +55,7 @@ def compare_steps(
     """Times a training step of each model, alternating.
 
     Args:
-        models: causal language models on one device, by name; the first is the yardstick.
+        models: language models on one device, by name; the first is the yardstick.
         sequence, vocabulary: of the random tokens.
         most: sequences in a step; fewer if the first model would need more than `seconds_a_step` for them.
         autocast: see `training_step`.

@@ -18,14 +18,14 @@ from fastffn.convert.budget import search
 from fastffn.convert.budget.quality import Budget
 from fastffn.convert.budget.search import convert_within
 from fastffn.convert.match import fastffn_modules
-from fastffn.convert.report import LayerSpeed
+from fastffn.convert.report import LayerSpeed, cost
 from fastffn.errors import ConfigError, ConversionError, NothingPaysError
 from tests.convert.models import make, tokens
 
 
 def by_flops(dense: DenseConfig, module: Any, count: int) -> LayerSpeed:
     """As if time were arithmetic."""
-    parameters = sum(parameter.numel() for parameter in module.parameters())
+    parameters = cost(module.config).parameters
     return LayerSpeed(count, dense.d_model * dense.d_hidden * (3 if dense.gated else 2) * 1e-6, parameters * 1e-6)
 
 

@@ -54,12 +54,15 @@ def multiply_adds(config: FFNConfig, tokens: int, passes: str) -> float:
 
 
 def visited_bytes(layers: Sequence[Any], x: torch.Tensor, itemsize: int) -> int:
-    """Bytes of the weights that the tokens `[T, D]` meet: those that get a gradient.
+    """Bytes of the weights that the tokens `[T, D]` meet: those that get a gradient; all of them in FFNs for inference.
 
     A row that only decides has none, and is not counted: the bound stays one.
     """
     total = 0
     for layer in layers:
+        if not layer.config.TRAINS:
+            total += sum(buffer.nbytes for buffer in layer.buffers())
+            continue
         probe = copy.deepcopy(layer).float()
         y = probe(x.float())
         y.backward(torch.randn_like(y))

@@ -135,7 +135,7 @@ class LayerCase:
 
     def _check_memory(self) -> None:
         with torch.device("meta"):
-            parameters = sum(p.numel() for p in fastffn.build(self.config).parameters())
+            parameters = sum(tensor.numel() for tensor in fastffn.build(self.config).state_dict().values())
         # The FFN, a dense one of as many neurons, and the gradients of both.
         wanted = 4 * parameters * self.layers * self.torch_dtype.itemsize
         there = memory(torch.device(self.device))

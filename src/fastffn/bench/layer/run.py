@@ -50,8 +50,11 @@ def bench_layer(case: LayerCase, progress: Callable[[str], None] = lambda line: 
         found, left_out = peers(case, layers)
         contenders = [*_own(case, layers), *found, *dense_contenders(case)]
         rows: list[dict[str, Any]] = []
+        both = case.passes == "both"
+        if both and not case.config.TRAINS:
+            both, left_out[PASSES[1]] = False, f"{kind_of(case.config).name} is for inference"
         for tokens in sorted(set(case.tokens)):
-            for passes in PASSES[: 1 + (case.passes == "both")]:
+            for passes in PASSES[: 1 + both]:
                 # What is compiled keeps all it ever met.
                 torch._dynamo.reset()
                 rows += _rows(case, layers, contenders, tokens, passes, limits, left_out)
