@@ -13,6 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fastffn.train.processes import leave
+
 PROCESSES = 2
 
 
@@ -29,8 +31,6 @@ def _process(rank: int, store: str, check: Callable[..., None], arguments: tuple
     # A process that waits for one that has died ends soon.
     limit = datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES, timeout=limit)
-    try:
-        mesh: DeviceMesh = init_device_mesh("cpu", (PROCESSES,))
-        check(mesh, *arguments)
-    finally:
-        dist.destroy_process_group()
+    mesh: DeviceMesh = init_device_mesh("cpu", (PROCESSES,))
+    check(mesh, *arguments)
+    leave(0)

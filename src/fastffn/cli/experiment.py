@@ -63,7 +63,6 @@ def wikitext_2(
         processes.say(f"\n{table(result)}\n\nTable: {output / 'table.md'}")
     if as_json and processes.is_main():
         click.echo(json.dumps(result))
-    processes.leave()
 
 
 add_run_options(wikitext_2)
@@ -163,7 +162,6 @@ def tree_ladder(
         processes.say(f"\n{report(result)}\nTable: {output / 'table.md'}")
     if as_json and processes.is_main():
         click.echo(json.dumps(result))
-    processes.leave()
 
 
 add_run_options(tree_ladder, preset="small")
@@ -241,7 +239,6 @@ def time_to_loss(
         processes.say(f"\n{report(result)}\nTable: {output / 'table.md'}")
     if as_json and processes.is_main():
         click.echo(json.dumps(result))
-    processes.leave()
 
 
 add_run_options(time_to_loss, preset="small")

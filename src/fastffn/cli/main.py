@@ -57,7 +57,17 @@ def cli() -> None:
 
 
 def run() -> None:
-    """Runs the command line; an error of ours becomes one paragraph and its exit code."""
+    """Runs the command line and ends the process; an error of ours becomes one paragraph and its exit code."""
+    code = exit_code()
+    if "RANK" in os.environ:  # a launcher started this process, with others beside it
+        from fastffn.train import processes
+
+        processes.leave(code)
+    sys.exit(code)
+
+
+def exit_code() -> int:
+    """Runs the command line; returns the exit code."""
     # Libraries leave the screen to us: no notices below errors, and bars only on a terminal.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
@@ -67,14 +77,15 @@ def run() -> None:
         cli(standalone_mode=False)
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         print("\nInterrupted. A run goes on from its last checkpoint with the same command.", file=sys.stderr)
-        sys.exit(130)
+        return 130
     except MainProcessError as error:
-        sys.exit(error.exit_code)
+        return error.exit_code
     except FastFFNError as error:
-        if isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0":
-            sys.exit(error.exit_code)  # every process finds the same mistake; the first one says it
-        print(textwrap.fill(f"Error: {error}", 100, break_on_hyphens=False), file=sys.stderr)
-        sys.exit(error.exit_code)
+        # Of a mistake that every process finds, the first one says it.
+        if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
+            print(textwrap.fill(f"Error: {error}", 100, break_on_hyphens=False), file=sys.stderr)
+        return error.exit_code
+    return 0

@@ -60,7 +60,6 @@ def command(
         results = pretrain(config, output, overwrite=overwrite)
     if as_json and processes.is_main():
         click.echo(json.dumps(results))
-    processes.leave()
 
 
 add_run_options(command)

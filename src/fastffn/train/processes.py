@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
+import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -41,13 +43,20 @@ def state() -> Any:
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
 
 
-def leave() -> None:
-    """Takes leave of the other processes, once nothing is left to be done together."""
-    from accelerate import PartialState
+def leave(code: int) -> NoReturn:
+    """Ends this process with exit code `code`, without the interpreter's own end.
 
-    # Only what `join` or a Trainer began.
-    if PartialState._shared_state:
-        PartialState().destroy_process_group()
+    A thread of gloo frees the tensors of the last collective once it gets to run, and needs the interpreter for it. If
+    that is going down already, the thread aborts the process; and if the group is freed while it waits, both wait for
+    ever (torch 2.13). Here the interpreter lives to the last moment, and the group is left to the system.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # NCCL has no such threads, and wants its communicators closed.
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
+        torch.distributed.destroy_process_group()
+    os._exit(code)
 
 
 def count() -> int:
