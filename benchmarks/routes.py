@@ -5,7 +5,7 @@ r"""The ways through an operation against each other, and its fixed rule.
 
 `neuron_tree`: compiled, walk (each token gathers its own weights; forward only), cut (two levels of products), dense
 (all neurons). `measure` times them with one thread and two on the points of the table that the rule reads
-(`fastffn/ops/neuron_tree/crossovers.json`) and writes the rows of the instruction set in use; the AVX2 rows:
+(`fastffn/ops/neuron_tree/crossovers.json`) and writes the rows of this kind of processor; the AVX2 rows:
 
     FASTFFN_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
         python benchmarks/routes.py measure
@@ -54,7 +54,8 @@ CHECKED = {"width": (384,), "trees": (1, 2, 8, 32), "depth": (0, 1, 2, 3, 5, 7),
 MOST, MOST_GATHERED = 4e9, 4e7
 # (tokens, MLPs, W) at D = O = 768
 GROUPS = [(1, 16, 8), (16, 16, 8), (512, 16, 8), (512, 128, 8), (4096, 16, 8), (4096, 16, 64), (4096, 128, 8)]
-DTYPES = (torch.float32, torch.bfloat16)
+# Where torch has no products of float16 they are as slow as those of bfloat16 without instructions for it.
+DTYPES = (torch.float32, torch.bfloat16) + (torch.float16,) * torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def patched(target: str, value: object, run: Callable[[], object]) -> Callable[[], object]:
@@ -121,7 +122,7 @@ def ways(case: tuple[Any, ...], gradient: torch.Tensor, backward: bool) -> dict[
 
 @torch.no_grad()
 def measure() -> None:
-    """Writes the rows of the instruction set in use."""
+    """Writes the rows of this kind of processor."""
     found: dict[str, Any] = {}
     for dtype in DTYPES:
         for name, backward in (("forward", False), ("backward", True)):
@@ -139,7 +140,7 @@ def measure() -> None:
             print(dtype, name, flush=True)
     table = json.loads(TABLE.read_text("utf-8")) if TABLE.exists() else {}
     table["axes"] = POINTS | {"width": [2 * width for width in POINTS["width"]]}
-    table[crossovers.instruction_set()] = found | {"machine": describe_machine()}
+    table[crossovers.processor()] = found | {"machine": describe_machine()}
     # Each list on a line of its own.
     text = re.sub(
         r"\[\s+([-+.e\d,\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", json.dumps(table, indent=1)
@@ -206,7 +207,7 @@ def way(request: Request, backward: bool) -> str:
 def regrets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each dtype and pass how often, and by how much, the rule does not take the fastest way."""
     table = []
-    for dtype, name in ((dtype, name) for dtype in ("float32", "bfloat16") for name in ("forward", "backward")):
+    for dtype, name in dict.fromkeys((row["dtype"], row["pass"]) for row in rows):
         for column in ("too slow by", "not compiled, too slow by"):
             own = [row[column] for row in rows if (row["dtype"], row["pass"]) == (dtype, name)]
             table.append(
@@ -220,7 +221,7 @@ def regrets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def slower_than_dense(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each dtype and pass how often, and by how much, the rule is slower than dense."""
     table = []
-    for dtype, name in ((dtype, name) for dtype in ("float32", "bfloat16") for name in ("forward", "backward")):
+    for dtype, name in dict.fromkeys((row["dtype"], row["pass"]) for row in rows):
         own = [row["times dense"] for row in rows if (row["dtype"], row["pass"]) == (dtype, name)]
         table.append(
             {"dtype": dtype, "pass": name, "calls": len(own), "by a tenth": sum(value > 1.1 for value in own)}

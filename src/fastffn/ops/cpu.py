@@ -95,6 +95,13 @@ def multiplies_bfloat16() -> bool:
 
 
 @lru_cache
+def multiplies_tiles() -> bool:
+    """Whether this processor multiplies whole tiles of bfloat16 (AMX), as torch's matrix products do where it can."""
+    asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return asked is not None and bool(asked())
+
+
+@lru_cache
 def activation_number(name: str) -> int:
     """The number of an activation that `ACTIVATIONS` names."""
     return _NUMBERS.index(plain_name(name))

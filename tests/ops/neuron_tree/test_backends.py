@@ -324,7 +324,7 @@ def processor(monkeypatch) -> Iterator[Callable[[str], None]]:
     """Makes the rule that of another processor."""
 
     def become(name: str) -> None:
-        monkeypatch.setattr(crossovers, "instruction_set", lambda: name)
+        monkeypatch.setattr(crossovers, "processor", lambda: name)
         forget()
 
     def forget() -> None:

@@ -1,4 +1,4 @@
-"""The table of crossovers: read at its points and between them, for each instruction set, dtype and pass."""
+"""The table of crossovers: read at its points and between them, for each kind of processor, dtype and pass."""
 
 from __future__ import annotations
 
@@ -38,12 +38,13 @@ def table(monkeypatch) -> dict:
         "axes": SIZES,
         "avx2": {"float32": passes(1), "bfloat16": passes(3)},
         "avx512_bf16": {"float32": passes(5), "bfloat16": passes(7)},
+        "avx512_amx": {"float32": passes(9), "bfloat16": passes(11), "float16": passes(13)},
     }
-    caches = (crossovers._points, crossovers.axes, crossovers.instruction_set, times_dense)
+    caches = (crossovers._points, crossovers.axes, crossovers.processor, times_dense)
     for cached in caches:
         cached.cache_clear()
     monkeypatch.setattr(crossovers, "_points", lambda: points)
-    monkeypatch.setattr(crossovers, "instruction_set", lambda: "avx2")
+    monkeypatch.setattr(crossovers, "processor", lambda: "avx2")
     yield points
     monkeypatch.undo()
     for cached in caches:
@@ -85,22 +86,23 @@ def test_dtypes_and_instruction_sets_have_rows_of_their_own(table: dict, monkeyp
         return times_dense("compiled", request(*at, dtype), False) / value(*at)
 
     assert [factor(dtype) for dtype in (torch.float32, torch.bfloat16)] == pytest.approx([1, 3])
-    monkeypatch.setattr(crossovers, "instruction_set", lambda: "avx512_bf16")
+    monkeypatch.setattr(crossovers, "processor", lambda: "avx512_bf16")
     assert [factor(dtype) for dtype in (torch.float32, torch.bfloat16)] == pytest.approx([5, 7])
 
 
 @pytest.mark.parametrize(
-    ("processor", "rows"),
+    ("kind", "rows"),
     [
-        # float16 is multiplied as slowly everywhere as bfloat16 without products of its own.
+        ("avx512_amx", {"float32": 9, "bfloat16": 11, "float16": 13, "float64": 5}),
+        # float16 is multiplied as slowly by the others as bfloat16 without products of its own.
         ("avx512_bf16", {"float32": 5, "bfloat16": 7, "float16": 3, "float64": 5}),
         ("avx512", {"float32": 5, "bfloat16": 7, "float16": 3, "float64": 5}),
         ("avx2", {"float32": 1, "bfloat16": 3, "float16": 3, "float64": 1}),
         ("neon", {"float32": 1, "bfloat16": 7, "float16": 3, "float64": 1}),
     ],
 )
-def test_what_was_not_measured_takes_what_comes_nearest(table: dict, processor: str, rows: dict, monkeypatch) -> None:
-    monkeypatch.setattr(crossovers, "instruction_set", lambda: processor)
+def test_what_was_not_measured_takes_what_comes_nearest(table: dict, kind: str, rows: dict, monkeypatch) -> None:
+    monkeypatch.setattr(crossovers, "processor", lambda: kind)
     times_dense.cache_clear()
     at = (32, 4, 2, 16)
     found = {name: times_dense("compiled", request(*at, getattr(torch, name)), False) / value(*at) for name in rows}
@@ -108,34 +110,43 @@ def test_what_was_not_measured_takes_what_comes_nearest(table: dict, processor: 
 
 
 def test_the_row_is_that_of_the_kernels_in_use(monkeypatch) -> None:
+    def found() -> str:
+        crossovers.processor.cache_clear()
+        return crossovers.processor()
+
     try:
-        for name in crossovers.cpu.instruction_sets():
-            with instruction_set(name):
-                crossovers.instruction_set.cache_clear()
-                assert crossovers.instruction_set() == name
+        for tiles, wide in ((False, "avx512_bf16"), (True, "avx512_amx")):
+            monkeypatch.setattr(crossovers.cpu, "multiplies_tiles", lambda tiles=tiles: tiles)
+            for name in crossovers.cpu.instruction_sets():
+                with instruction_set(name):
+                    assert found() == (wide if name == "avx512_bf16" else name)
         # Without the compiled module: what torch says.
         monkeypatch.setattr(crossovers.cpu, "instruction_sets", list)
-        for capability, narrow, expected in (
-            ("AVX512", True, "avx512_bf16"),
-            ("AVX512", False, "avx512"),
-            ("AVX2", False, "avx2"),
-            ("DEFAULT", False, "avx2"),
+        for capability, narrow, tiles, expected in (
+            ("AVX512", True, True, "avx512_amx"),
+            ("AVX512", True, False, "avx512_bf16"),
+            ("AVX512", False, False, "avx512"),
+            ("AVX2", False, False, "avx2"),
+            ("DEFAULT", False, False, "avx2"),
         ):
             monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
             monkeypatch.setattr(crossovers.cpu, "multiplies_bfloat16", lambda narrow=narrow: narrow)
-            crossovers.instruction_set.cache_clear()
-            assert crossovers.instruction_set() == expected
+            monkeypatch.setattr(crossovers.cpu, "multiplies_tiles", lambda tiles=tiles: tiles)
+            assert found() == expected
     finally:
-        crossovers.instruction_set.cache_clear()
+        crossovers.processor.cache_clear()
 
 
 def test_the_committed_table_is_whole() -> None:
     points = dict(crossovers._points())
     number = math.prod(len(values) for values in points.pop("axes").values())
-    assert set(points) == {"avx512_bf16", "avx2"}
+    assert {kind: set(rows) - {"machine"} for kind, rows in points.items()} == {
+        "avx2": {"float32", "bfloat16"},
+        "avx512_bf16": {"float32", "bfloat16"},
+        "avx512_amx": {"float32", "bfloat16", "float16"},
+    }
     for rows in points.values():
-        assert {"float32", "bfloat16", "machine"} == set(rows)
-        for dtype in ("float32", "bfloat16"):
+        for dtype in set(rows) - {"machine"}:
             for name, ways in (("forward", {"compiled", "cut", "walk"}), ("backward", {"compiled", "cut"})):
                 assert set(rows[dtype][name]) == ways
                 for ratios in rows[dtype][name].values():

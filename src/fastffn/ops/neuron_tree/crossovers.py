@@ -1,5 +1,5 @@
 """How long each way through a tree takes on a CPU, as a multiple of evaluating all neurons: a committed table, measured
-by `python benchmarks/routes.py measure` for each instruction set, dtype and pass, and read between its points.
+by `python benchmarks/routes.py measure` for each kind of processor, dtype and pass, and read between its points.
 
 A number is the worse one of one thread and two, so that a way that is taken pays with either.
 """
@@ -22,7 +22,7 @@ from fastffn.ops.neuron_tree.request import Request
 FILE = "crossovers.json"
 # What is looked up where nobody has measured. AVX-512 is the same with or without products of bfloat16, in float32;
 # in bfloat16 dense is slower without, how much depends on the processor: what leaves most to dense holds everywhere.
-# torch multiplies float16 on a CPU as slowly as bfloat16 on one without such products.
+# Most processors multiply float16 as slowly as bfloat16 where they have no such products.
 WIDE, WIDE_512 = ("avx2", "float32"), ("avx512_bf16", "float32")
 NARROW, SLOW_NARROW = ("avx512_bf16", "bfloat16"), ("avx2", "bfloat16")
 
@@ -51,26 +51,31 @@ def axes() -> tuple[list[float], ...]:
 
 
 @lru_cache
-def instruction_set() -> str:
-    """What the compiled kernels run, or would if they were there."""
+def processor() -> str:
+    """The kind of processor: the instruction set that the compiled kernels run, or would if they were there.
+
+    "avx512_amx" are those whose matrix products have an instruction set of their own beside it.
+    """
     names = cpu.instruction_sets()
     if names:
-        return names[cpu.compiled().isa]
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return "avx2"
-    return "avx512_bf16" if cpu.multiplies_bfloat16() else "avx512"
+        own = names[cpu.compiled().isa]
+    elif torch.backends.cpu.get_cpu_capability() != "AVX512":
+        own = "avx2"
+    else:
+        own = "avx512_bf16" if cpu.multiplies_bfloat16() else "avx512"
+    return "avx512_amx" if own == "avx512_bf16" and cpu.multiplies_tiles() else own
 
 
-def row_of(processor: str, dtype: torch.dtype) -> tuple[str, str]:
-    """Instruction set and dtype whose row is looked up."""
-    own = (processor, str(dtype).removeprefix("torch."))
-    if own[1] in _points().get(processor, ()):
+def row_of(kind: str, dtype: torch.dtype) -> tuple[str, str]:
+    """Kind of processor and dtype whose row is looked up."""
+    own = (kind, str(dtype).removeprefix("torch."))
+    if own[1] in _points().get(kind, ()):
         return own
     if dtype == torch.bfloat16:
         return NARROW
     if dtype == torch.float16:
         return SLOW_NARROW
-    return WIDE_512 if processor.startswith("avx512") else WIDE
+    return WIDE_512 if kind.startswith("avx512") else WIDE
 
 
 @lru_cache(maxsize=4096)
@@ -79,8 +84,8 @@ def times_dense(way: str, request: Request, backward: bool) -> float:
 
     Outside of the table's points its nearest one holds.
     """
-    processor, dtype = row_of(instruction_set(), request.dtype)
-    ratios = _points()[processor][dtype]["backward" if backward else "forward"][way]
+    kind, dtype = row_of(processor(), request.dtype)
+    ratios = _points()[kind][dtype]["backward" if backward else "forward"][way]
     at = coordinates(request.d_model + request.d_out, request.trees, request.depth, request.tokens)
     corners = [_around(axis, value) for axis, value in zip(axes(), at, strict=True)]
     total = 0.0
