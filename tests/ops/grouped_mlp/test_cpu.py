@@ -241,12 +241,26 @@ def test_it_is_the_first_choice() -> None:
 def test_large_products_of_bfloat16_are_left_to_instructions_of_their_own(monkeypatch) -> None:
     example = OPS["grouped_mlp"].example._replace(tokens=4096, mlps=16, width=256, dtype=torch.bfloat16)
     monkeypatch.setattr(routes, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(routes, "multiplies_tiles", lambda: False)
     assert "leaves it to torch_grouped" in (routes.why_not(example) or "")
     assert select("grouped_mlp", OPS["grouped_mlp"].impls, example) is torch_grouped.IMPL
     for other in ({"dtype": torch.float16}, {"tokens": 1000}, {"width": 64}, {"d_out": 64}):
         assert routes.why_not(example._replace(**other)) is None
     monkeypatch.setattr(routes, "multiplies_bfloat16", lambda: False)
     assert select("grouped_mlp", OPS["grouped_mlp"].impls, example) is IMPL
+
+
+def test_products_of_whole_tiles_pay_from_fewer_tokens(monkeypatch) -> None:
+    monkeypatch.setattr(routes, "multiplies_tiles", lambda: True)
+    # 9 tokens of an MLP, 1,024 neurons, three maps of 1,024: 28 M multiply-adds an MLP; without gates 19 M.
+    example = OPS["grouped_mlp"].example._replace(
+        tokens=72, mlps=8, width=1024, d_model=1024, d_out=1024, gated=True, dtype=torch.bfloat16
+    )
+    assert "leaves it to torch_grouped" in (routes.why_not(example) or "")
+    for other in ({"gated": False}, {"tokens": 63}, {"mlps": 10}, {"dtype": torch.float16}, {"dtype": torch.float32}):
+        assert routes.why_not(example._replace(**other)) is None
+    # Many small MLPs: a copy of their tokens costs what their products save.
+    assert routes.why_not(example._replace(tokens=1280, width=64, d_model=128, d_out=128)) is None
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:

@@ -162,6 +162,8 @@ def test_large_batches_go_where_products_of_bfloat16_are(monkeypatch) -> None:
     monkeypatch.setattr(routes, "multiplies_bfloat16", lambda: True)
     request = Request(128, 1, 576, 1536, 576, True, torch.bfloat16, "cpu")
     assert "leaves it to multiplied_out" in (compiled.IMPL.yields(request) or "")
+    # Products of whole tiles make no difference: multiplying weights out takes longer than they do.
+    monkeypatch.setattr(routes, "multiplies_tiles", lambda: True)
     for other in ({"tokens": 127}, {"dtype": torch.float32}, {"mlps": 2}):
         assert compiled.IMPL.yields(request._replace(**other)) is None
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fastffn.ops import cpu
 from fastffn.ops.dispatch import Impl
 from fastffn.ops.grouped_mlp import cpu as grouped_mlp
-from fastffn.ops.grouped_mlp.routes import why_not
+from fastffn.ops.grouped_mlp.routes import many_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,9 @@ def _refuses(request: Request) -> str | None:
 
 
 def _yields(request: Request) -> str | None:
-    return why_not(request) and "leaves it to multiplied_out, whose products use this processor's bfloat16"
+    if not many_tokens(request):
+        return None
+    return "leaves it to multiplied_out, whose products use this processor's instructions for bfloat16"
 
 
 IMPL = Impl(name="cpu", forward=forward, refuses=_refuses, yields=_yields)
