@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import textwrap
+import traceback
 from typing import Any
 
 import click
@@ -58,12 +59,17 @@ def cli() -> None:
 
 def run() -> None:
     """Runs the command line and ends the process; an error of ours becomes one paragraph and its exit code."""
-    code = exit_code()
-    if "RANK" in os.environ:  # a launcher started this process, with others beside it
-        from fastffn.train import processes
+    if "RANK" not in os.environ:
+        sys.exit(exit_code())
+    # A launcher started this process, with others beside it.
+    from fastffn.train import processes
 
-        processes.leave(code)
-    sys.exit(code)
+    try:
+        code = exit_code()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    processes.leave(code)
 
 
 def exit_code() -> int:

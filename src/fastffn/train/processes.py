@@ -50,13 +50,16 @@ def leave(code: int) -> NoReturn:
     that is going down already, the thread aborts the process; and if the group is freed while it waits, both wait for
     ever (torch 2.13). Here the interpreter lives to the last moment, and the group is left to the system.
     """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # NCCL has no such threads, and wants its communicators closed.
-    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
-        torch.distributed.destroy_process_group()
-    os._exit(code)
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Other backends have no such threads and want their communicators closed; not after an error, when the other
+        # processes may still be waiting for this one.
+        if code == 0 and torch.distributed.is_initialized() and torch.distributed.get_backend() != "gloo":
+            torch.distributed.destroy_process_group()
+    finally:
+        os._exit(code)
 
 
 def count() -> int:

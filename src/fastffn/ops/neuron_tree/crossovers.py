@@ -75,6 +75,8 @@ def row_of(kind: str, dtype: torch.dtype) -> tuple[str, str]:
         return NARROW
     if dtype == torch.float16:
         return SLOW_NARROW
+    if kind in _points():
+        return kind, "float32"
     return WIDE_512 if kind.startswith("avx512") else WIDE
 
 
