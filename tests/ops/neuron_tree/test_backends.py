@@ -336,7 +336,7 @@ def processor(monkeypatch) -> Iterator[Callable[[str], None]]:
     forget()
 
 
-@pytest.mark.parametrize("name", ["avx512_bf16", "avx2"])
+@pytest.mark.parametrize("name", ["avx512_bf16", "avx512_amx", "avx2"])
 def test_the_rule_at_the_shapes_that_matter(name: str, processor) -> None:
     processor(name)
     for backward in (False, True):
@@ -363,8 +363,14 @@ def test_the_rule_knows_passes_dtypes_and_processors(processor) -> None:
     assert compiled(request(1024, 64, 2)) and not compiled(request(1024, 64, 2, torch.bfloat16))
     # float16 has slow products everywhere.
     assert compiled(request(1024, 64, 1, torch.float16)) and compiled(request(2048, 64, 2, torch.float16))
+    assert all(compiled(request(tokens, 128, 4)) for tokens in (1, 64, 4096))
     processor("avx2")
     assert compiled(request(1024, 64, 2, torch.bfloat16))
+    assert all(compiled(request(tokens, 128, 4)) for tokens in (1, 64, 4096))
+    # Dense of 64 tokens is faster on a processor with AMX, in float32 too; float16 has products there.
+    processor("avx512_amx")
+    assert compiled(request(1, 128, 4)) and compiled(request(4096, 128, 4)) and not compiled(request(64, 128, 4))
+    assert not compiled(request(2048, 64, 2, torch.float16))
 
 
 def test_compiled_kernels_leave_a_call_to_whatever_is_faster(monkeypatch, processor) -> None:

@@ -203,7 +203,8 @@ def test_many_shallow_trees_are_left_to_dense() -> None:
         return NEURON_TREE.choose(Request("cpu", torch.float32, tokens, trees, depth, 768, 768)).name
 
     assert {chosen(tokens, 1, 11) for tokens in (1, 64, 4096)} == {"cpu"}
-    assert {chosen(tokens, 128, 4) for tokens in (1, 64, 4096)} == {"cpu"}
+    # What holds for every kind of processor measured; test_backends.py tells them apart.
+    assert chosen(1, 128, 4) == "cpu"
     assert chosen(1, 256, 0) == "cpu" and chosen(256, 256, 0) == "dense"
     assert chosen(2048, 64, 1) == "dense"
 
