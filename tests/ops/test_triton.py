@@ -122,3 +122,20 @@ def test_a_gpus_compiler_takes_the_kernels(tmp_path: Path) -> None:
         assert len([name for name in kernels if name.startswith(file + ".")]) == number, (file, kernels)
     # What a block may have on the smallest GPUs that have these instructions.
     assert max(line["shared"] for line in lines) <= 99 * 1024
+
+
+def test_float32_is_multiplied_as_torch_may() -> None:
+    """Both of torch's settings count; the older cannot be read once the newer was used."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert triton.precision() == "tf32"
+        matmul.fp32_precision = "ieee"
+        assert triton.precision() == "ieee"
+        torch.set_float32_matmul_precision("high")
+        assert triton.precision() == "tf32"
+        torch.set_float32_matmul_precision("highest")
+        assert triton.precision() == "ieee"
+    finally:
+        matmul.fp32_precision = before

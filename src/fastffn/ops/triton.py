@@ -80,7 +80,8 @@ def yields() -> str | None:
 
 def precision() -> str:
     """How `tl.dot` multiplies float32: as torch's own matrix products may."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # `torch.set_float32_matmul_precision` sets this too, and cannot be asked once this was set by itself.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def widens(dtype: torch.dtype) -> bool:

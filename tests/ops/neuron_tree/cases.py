@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fastffn.ops.neuron_tree import reference
+from fastffn.ops.neuron_tree.request import accumulation_dtype
 
 
 class Case(NamedTuple):
@@ -59,9 +60,11 @@ def exact(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def clear(case: Case) -> torch.Tensor:
     """`[P, T]`: whether no score of a token in a tree is within what the dtype can round to the other side of zero.
 
-    A score is a sum of products that are of order one, and is itself rounded to the dtype. Those of the lowest level
-    decide nothing, but relu has another slope on either side.
+    A score is a sum, in float32 at least, of products that are of order one, and may be rounded once to the dtype, by
+    half its epsilon, before the bias is added. Those of the lowest level decide nothing, but relu has another slope on
+    either side.
     """
     _, scores, _ = exact(case)
-    margin = 8 * torch.finfo(case.x.dtype).eps * max(1.0, float(scores.abs().amax()) if scores.numel() else 1.0)
+    rounded, summed = (torch.finfo(dtype).eps for dtype in (case.x.dtype, accumulation_dtype(case.x.dtype)))
+    margin = (2 * rounded + 8 * summed) * max(1.0, float(scores.abs().amax()) if scores.numel() else 1.0)
     return (scores.abs() > margin).all(-1)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fastffn
 from fastffn.errors import BackendError
 from fastffn.ops import neuron_tree
 from fastffn.ops import triton as found
@@ -87,12 +88,36 @@ def test_larger_shapes(kernel: str, shape: dict, using) -> None:
     test_backends.agrees(IMPL, make(**({"tokens": 20} | shape)))
 
 
+@both
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
-def test_activations(activation: str, using) -> None:
-    using("path")
+def test_activations(activation: str, kernel: str, using) -> None:
+    using(kernel)
     case = make(20, depth=2, trees=1, activation=activation, straight_through=True)
     case.w_in.mul_(4)  # far enough from zero that every branch of each is met
     test_backends.agrees(IMPL, case)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype, kernel: str, using) -> None:
+    using(kernel)
+    case = make(64, depth=4, trees=1, d_model=40, d_out=24, dtype=dtype)
+    assert clear(case).float().mean() > 0.5  # most tokens are compared
+    test_backends.agrees(IMPL, case)
+
+
+def test_a_layer_with_a_shared_part_and_several_trees(using) -> None:
+    using("levels")
+    torch.manual_seed(0)
+    ffn = fastffn.build("neuron_tree", d_model=24, depth=3, trees=2, shared=5)
+    x = torch.randn(40, 24, requires_grad=True)
+    found = []
+    for backend in ("reference", "triton"):
+        with use_backend(backend):
+            y = ffn(x)
+            found.append([y, *torch.autograd.grad(y.square().sum(), [x, *ffn.parameters()])])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @both
@@ -189,4 +214,6 @@ def test_the_rule_at_the_shapes_that_matter() -> None:
         return routes.why_not("triton", Request("accelerator", torch.bfloat16, tokens, trees, depth, 768, 768))
 
     assert why_not(1, 11) is None
+    # What would run instead is no plain dense FFN: it has a descent of many small operators, even of a shallow tree.
+    assert why_not(1, 9, tokens=1) is None and why_not(1, 7, tokens=16384) is None
     assert "dense" in why_not(128, 4)  # many shallow trees

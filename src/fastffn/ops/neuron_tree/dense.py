@@ -12,17 +12,14 @@ import torch
 
 from fastffn.ops.activations import get_activation
 from fastffn.ops.dispatch import Impl, Tensors
-from fastffn.ops.neuron_tree.masked import descend, spread
+from fastffn.ops.neuron_tree.masked import descend, spread, tokens_of_chunk
 from fastffn.ops.neuron_tree.reference import score_gradient
 from fastffn.ops.neuron_tree.request import accumulation_dtype, depth_of, path_to
 from fastffn.ops.neuron_tree.routes import why_not
 
-# Scores held at once. Large enough that products run at full speed for any tree of less than 2**18 nodes.
-CHUNK_ELEMENTS = 2**24
-
 
 def _chunks(tokens: int, neurons: int) -> list[slice]:
-    step = max(16, CHUNK_ELEMENTS // neurons)
+    step = tokens_of_chunk(neurons)
     return [slice(start, start + step) for start in range(0, tokens, step)]
 
 

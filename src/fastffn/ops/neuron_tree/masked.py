@@ -9,6 +9,14 @@ from __future__ import annotations
 
 import torch
 
+# Scores held at once. Large enough that products run at full speed for any tree of less than 2**18 nodes.
+CHUNK_ELEMENTS = 2**24
+
+
+def tokens_of_chunk(neurons: int) -> int:
+    """Tokens whose scores of so many neurons are held at once."""
+    return max(16, CHUNK_ELEMENTS // neurons)
+
 
 def descend(scores: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The nodes that are visited, and their scores.

@@ -15,6 +15,7 @@ import torch
 
 from fastffn.ops.cpu import multiplies_bfloat16
 from fastffn.ops.neuron_tree.crossovers import times_dense
+from fastffn.ops.neuron_tree.masked import tokens_of_chunk
 from fastffn.ops.neuron_tree.request import Request, neurons_of
 
 # Of the fastest other way's time: compiled kernels run where the table says so little. What is within its error is left
@@ -86,6 +87,9 @@ LAUNCH, HOP, CACHED = 2_500.0, 1_500.0, 2 / 5_500
 SORT, MOVED, MULTIPLIED = 10_000.0, 2 / 3_400, 2 / 400_000
 # All neurons in two products and what is between them.
 DENSE_LAUNCHES, DENSE_MULTIPLIED, DENSE_READ = 3, 2 / 690_000, 2 / 3_800
+# Of the descent and the mask by torch's operators, counted: launches for a level, and beside; times that a number is
+# moved: scores and hidden activations, written and read.
+MASK_LEVEL_LAUNCHES, MASK_LAUNCHES, MASK_MOVES = 5, 6, 4
 # The deepest tree that two products of at most 128 columns evaluate.
 MOST_CUT_LEVELS = 14
 
@@ -116,9 +120,17 @@ def levels_time(tokens: int, trees: int, levels: int, width: int) -> float:
 
 
 def dense_time(tokens: int, trees: int, levels: int, width: int) -> float:
-    """Nanoseconds of evaluating all neurons."""
+    """Nanoseconds of a dense FFN with as many neurons."""
     weights = trees * neurons_of(levels - 1) * width
     return DENSE_LAUNCHES * LAUNCH + weights * max(DENSE_READ, tokens * DENSE_MULTIPLIED)
+
+
+def masked_time(tokens: int, trees: int, levels: int, width: int) -> float:
+    """Nanoseconds of the backend `dense`: such an FFN, and in each chunk of tokens a descent and a mask."""
+    neurons = trees * neurons_of(levels - 1)
+    chunks = math.ceil(tokens / tokens_of_chunk(neurons))
+    mask = chunks * (levels * MASK_LEVEL_LAUNCHES + MASK_LAUNCHES) * LAUNCH + MASK_MOVES * tokens * neurons * MOVED
+    return dense_time(tokens, trees, levels, width) + mask
 
 
 @lru_cache(maxsize=4096)
@@ -139,7 +151,7 @@ def why_not(name: str, request: Request, *, backward: bool = False) -> str | Non
     if name == "triton":
         shape = _shape(request)
         ours = levels_time if kernel_for(*shape) == "levels" else path_time
-        faster = ours(*shape) <= dense_time(*shape)
+        faster = ours(*shape) <= masked_time(*shape)
         return None if faster else "leaves it to dense, which is predicted to be faster here"
     other = cheapest(request, backward)
     return None if other == name else f"leaves it to {other}, which is faster here"
