@@ -379,6 +379,8 @@ def test_dense_counterparts() -> None:
     moe = MoEConfig(d_model=D, experts=4, active=1, expert_width=16, gated=True, activation="silu").resolved()
     assert widths(moe) == {"total": 64, "active": 16}
     assert dense_config(moe, 64) == DenseConfig(d_model=D, d_out=D, d_hidden=64, gated=True, activation="silu")
+    tree = NeuronTreeConfig(d_model=D, depth=3).resolved()
+    assert widths(tree, padded=True) == {"total": 15, "padded": 16, "usual": 64, "active": 4}
     assert widths(NeuronTreeConfig(d_model=D, depth=3, shared=2).resolved()) == {"total": 17, "usual": 64, "active": 6}
 
 
@@ -417,6 +419,43 @@ def test_bad_input(options, words) -> None:
 def test_plot(tmp_path) -> None:
     plot_layer(bench_layer(case_of()), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize("broken", ["dense 64", "dense 15", "neuron_tree"])
+def test_who_runs_out_of_memory_leaves_the_others(monkeypatch, timed, broken) -> None:
+    monkeypatch.setattr(LayerCase, "accelerated", True)
+    right, name = Contender.call, "neuron_tree, dense" if broken == "neuron_tree" else broken
+
+    def call(one, *given):
+        run_it, calls = right(one, *given), []
+
+        def limited():
+            calls.append(one)
+            if one.name == name and len(calls) > (4 if timed else 0):
+                raise torch.OutOfMemoryError("too much")
+            return run_it()
+
+        return limited
+
+    monkeypatch.setattr(Contender, "call", call)
+    result = bench_layer(case_of(tokens=(3,), backends=("dense",)))
+    assert result["left_out"][f"{name}, 3 tokens, forward"] == "ran out of memory"
+    found = {row["name"] for row in result["rows"]}
+    assert name not in found and {"dense 16", "dense 4", "gather + bmm"} <= found
+    assert all(row["ratio"] > 0 for row in result["rows"])
+    assert format_layer(result)
+
+
+def test_tf32_rounds_as_float16(monkeypatch) -> None:
+    case = case_of("dense", fields={"d_hidden": 8})
+    x, layers = torch.randn(9, D), case.build()
+    rough = Contender("it", "peer", [lambda x: layers[0](x) * 1.001], [layers[0]])
+    monkeypatch.setattr(rough.modules[0], "zero_grad", lambda **_: None, raising=False)
+    with pytest.raises(MeasurementError):
+        check(rough, "forward", x, x)
+    monkeypatch.setattr("fastffn.bench.layer.check.precision", lambda: "tf32")
+    assert check(rough, "forward", x, x) is not None
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from fastffn.ops import OPS
 from fastffn.train.config import PRESETS
 
 TINY = [
+    *("--switch", "0.6"),
     *("--tokenizer", "train:300", "--layers", "1", "--d-model", "16", "--heads", "2", "--sequence", "16"),
     *("--rank", "4", "--steps", "10", "--warmup-steps", "2", "--rewarm-steps", "2"),
     *("--evaluate-every", "5", "--checkpoint-every", "5", "--log-every", "5"),
@@ -238,7 +239,7 @@ def test_one_length_replaces_the_other(tmp_path) -> None:
 def test_a_learning_rate_is_for_all() -> None:
     names = ("learning_rate", "dense_learning_rate", "factor_learning_rate")
     values = printed()
-    assert [values[name] for name in names] == [7e-4, 1e-3, 1.4e-3]
+    assert [values[name] for name in names] == [1e-3, 1e-3, 1.4e-3]
     values = printed("--learning-rate", "3e-4", "--factor-learning-rate", "5e-4")
     assert [values[name] for name in names] == [3e-4, None, 5e-4]
 
@@ -267,6 +268,10 @@ def test_another_kind_does_not_have_the_presets_options() -> None:
     assert printed("--ffn", "dense")["factor_learning_rate"] is None
     assert printed("--ffn", "dense", "--factor-learning-rate", "2e-3")["factor_learning_rate"] == 2e-3
     assert printed("--ffn", "block")["factor_learning_rate"] == 1.4e-3
+    # Nor is the first FFN, which factors spare, for other kinds.
+    assert printed()["dense_layers"] == 1 and printed("--ffn", "neuron_tree")["dense_layers"] is None
+    assert printed("--ffn", "block", "--dense-layers", "2")["dense_layers"] == 2
+    assert printed("--layers", "1")["dense_layers"] is None and printed("--layers", "2")["dense_layers"] == 1
 
 
 BAD = [

@@ -33,6 +33,7 @@ SMALL = {
     "steps": 20,
     "switch": 0.6,
     "learning_rate": 3e-3,
+    "dense_layers": None,
     "dense_learning_rate": None,
     "factor_learning_rate": None,
     "warmup_steps": 4,

@@ -54,11 +54,14 @@ def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     # A learning rate is that of all parts of the model, unless those are named too.
     if "learning_rate" in above:
         values |= {"dense_learning_rate": None, "factor_learning_rate": None}
-    # Another kind does not have this one's options.
+    # Another kind does not have this one's options, nor FFNs that it spares.
     if above.get("ffn", values["ffn"]) != values["ffn"]:
-        values |= dict.fromkeys(ffn_option_types())
+        values |= dict.fromkeys((*ffn_option_types(), "dense_layers"))
         if above["ffn"] == "dense":
             values["factor_learning_rate"] = None  # it was that of factors, and there are none
+    # A model of one layer has none to spare.
+    if above.get("layers", values["layers"]) <= (values["dense_layers"] or 0):
+        values["dense_layers"] = None
     return values | above
 
 

@@ -79,6 +79,7 @@ def _narrow(name: str, note: str, width: float, rate: float = 1.0, **changes: An
 def recipes() -> dict[str, Recipe]:
     """All recipes, by name; the first is the dense one that every experiment has."""
     warm = {"dense_warmup": 0.1}
+    first = {"dense_layers": 1}
     late = {"switch": 0.8, "decay": 0.2}
     found = [
         _dense("dense", "one stage"),
@@ -125,7 +126,16 @@ def recipes() -> dict[str, Recipe]:
         _low_rank("switch-80", "switch after 80 %", changes=late),
         _low_rank("warm-5", "dense for the first 5 %", changes={"dense_warmup": 0.05}),
         _low_rank("warm-10", "dense for the first 10 %", changes=warm),
-        _low_rank("first-dense", "first FFN dense", changes={"dense_layers": 1}),
+        _low_rank("first-dense", "first FFN dense", changes=first),
+        _low_rank(
+            "first-dense-8th-70",
+            "first FFN dense, rank d/8, switch after 70 %",
+            rank=1 / 8,
+            changes=first | {"switch": 0.7},
+        ),
+        _low_rank(
+            "first-dense-16th-80", "first FFN dense, rank d/16, switch after 80 %", rank=1 / 16, changes=first | late
+        ),
         _low_rank("rewarm-100", "re-warming over 100 steps", changes={"rewarm_steps": 100}),
         _low_rank("rewarm-0", "no re-warming", changes={"rewarm_steps": 0}),
         # What helped, together.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -37,6 +38,21 @@ def synchronize() -> None:
         torch.accelerator.synchronize()
 
 
+def free_memory() -> None:
+    """Gives back what the accelerator, where there is one, holds for tensors that are gone."""
+    gc.collect()
+    if torch.accelerator.is_available() and hasattr(torch.accelerator, "empty_cache"):  # from torch 2.9 on
+        torch.accelerator.empty_cache()
+
+
+class OutOfMemory(Exception):  # noqa: N818 (torch has an error of that name)
+    """The accelerator's memory did not suffice for the call of this name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
 def alternate(
     calls: Mapping[str, Callable[[], object]],
     *,
@@ -59,6 +75,9 @@ def alternate(
 
     Returns:
         A `Timing` for each name.
+
+    Raises:
+        OutOfMemory: with the name of the call.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
@@ -69,8 +88,11 @@ def alternate(
                     between()
                 synchronize()
                 start = time.perf_counter()
-                calls[name]()
-                synchronize()
+                try:
+                    calls[name]()
+                    synchronize()
+                except torch.OutOfMemoryError as error:
+                    raise OutOfMemory(name) from error
                 elapsed = time.perf_counter() - start
                 if number >= warmup and (repeat > 0 or block == 1):
                     seconds[name].append(elapsed)

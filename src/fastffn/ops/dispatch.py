@@ -204,6 +204,10 @@ class Op:
         """Forgets what `choose` remembers."""
         self._chosen.clear()
 
+    def choices(self) -> dict[str, str]:
+        """The backend of each pass ("forward", "backward") that was chosen last since `forget`."""
+        return {"backward" if backward else "forward": impl.name for (_, _, backward), impl in self._chosen.items()}
+
     def verdicts(self) -> dict[str, str | None]:
         """For each implementation by name, why it does not run the example; None if it could and would."""
         return verdicts(self.impls, self.example)

@@ -29,8 +29,8 @@ def _field(default: Any, help: str) -> Any:
 class PretrainConfig:
     """A pre-training run: a language model in stages, and a dense one beside it.
 
-    The defaults are the `demo` preset's but for the learning rates. Options of the FFN kind (`rank`, `start`, ...) are
-    in `ffn_options`; flags and YAML files give them like any other field.
+    The defaults are the `demo` preset's but for the factors and their rates. Options of the FFN kind (`rank`, `start`,
+    ...) are in `ffn_options`; flags and YAML files give them like any other field.
     """
 
     # Text
@@ -316,8 +316,11 @@ SHAPE_FIELDS = ("architecture", "layers", "d_model", "heads", "d_hidden", "activ
 PRESETS: dict[str, dict[str, Any]] = {
     # Minutes on two cores, on a text that every machine has.
     "demo": {
-        # Each side's best of a small sweep (docs/log.md).
-        "learning_rate": 7e-4,
+        # The first FFN stays whole: what low rank costs, it costs there (docs/two-stage.md).
+        "rank": 16,
+        "dense_layers": 1,
+        "switch": 0.7,
+        "learning_rate": 1e-3,
         "dense_learning_rate": 1e-3,
         "factor_learning_rate": 1.4e-3,
     },

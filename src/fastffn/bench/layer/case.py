@@ -87,6 +87,11 @@ class LayerCase:
         """The dtype that `dtype` names."""
         return DTYPES[self.dtype]
 
+    @property
+    def accelerated(self) -> bool:
+        """Whether the device is an accelerator."""
+        return torch.device(self.device).type != "cpu"
+
     def build(self) -> list[FFN]:
         """The layers, with weights of their own."""
         with torch.device(self.device):

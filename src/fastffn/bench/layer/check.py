@@ -13,6 +13,7 @@ import fastffn
 from fastffn.bench.layer.contender import Contender
 from fastffn.errors import BackendError, MeasurementError
 from fastffn.measure.gate import gate
+from fastffn.ops.triton import precision
 
 # Tokens that are compared, spread over the batch; all of it runs.
 COMPARED = 512
@@ -21,6 +22,12 @@ COMPARED = 512
 FLOORS = {torch.float32: 1e-5, torch.bfloat16: 4 * 2.0**-7, torch.float16: 4 * 2.0**-10}
 # Of a score of order one, whose terms are of order one. Narrower dtypes round a score before its bias is added.
 MARGINS = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
+
+
+def _rounds_as(dtype: torch.dtype) -> torch.dtype:
+    """float16 where products in float32 may be TF32, which has as many digits."""
+    allowed = dtype == torch.float32 and precision() == "tf32"
+    return torch.float16 if allowed else dtype
 
 
 class Compared(NamedTuple):
@@ -43,7 +50,7 @@ def decided(modules: list[Any], x: torch.Tensor, dtype: torch.dtype) -> torch.Te
     sure = torch.ones(len(x), dtype=torch.bool)
     for module in modules:
         with torch.no_grad():
-            sure &= in_float64(module).decision_margins(rows) > MARGINS[dtype]
+            sure &= in_float64(module).decision_margins(rows) > MARGINS[_rounds_as(dtype)]
     return sure
 
 
@@ -85,9 +92,9 @@ def _check_layer(
     x, gradient = x.to(dtype), gradient.to(dtype)
     chosen = torch.linspace(0, len(x) - 1, min(len(x), COMPARED)).round().long()
     source = in_float64(contender.sources[index])
-    rows = x.cpu()[chosen].double()
+    rows = x[chosen.to(x.device)].cpu().double()
     with torch.no_grad():
-        sure = source.decision_margins(rows) > MARGINS[dtype]
+        sure = source.decision_margins(rows) > MARGINS[_rounds_as(dtype)]
     chosen, rows = chosen[sure], rows[sure]
     name = f"{contender.name}, layer {index}, {len(x)} tokens"
     if not len(chosen):
@@ -116,10 +123,10 @@ def _check_layer(
     exact, repeatable = _exact(source, rows, given[where].cpu().double(), both)
     if not repeatable:
         return None
-    error = 0.0
+    error, floor = 0.0, FLOORS[_rounds_as(dtype)]
     for part, value in ours.items():
         right = exact[part]
-        error = max(error, gate(f"{name}, {part}", value.cpu(), right.to(dtype), right, floor=FLOORS[dtype]))
+        error = max(error, gate(f"{name}, {part}", value.cpu(), right.to(dtype), right, floor=floor))
     module.zero_grad(set_to_none=True)
     return Compared(error, len(chosen), both)
 

@@ -30,6 +30,7 @@ class Contender:
         inference_only: whether it has no backward pass.
         facts: further entries for the result.
         too_slow: passes for which it was found too slow to be measured.
+        leaves: the tokens of the last call that was made for both passes; they hold gradients.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Contender:
     inference_only: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
     too_slow: set[str] = field(default_factory=set)
+    leaves: list[torch.Tensor] = field(default_factory=list)
 
     def asked(self) -> contextlib.AbstractContextManager[None]:
         """The context that asks for the backend."""
@@ -62,9 +64,17 @@ class Contender:
         """
         batches, gradient = [x.to(self.dtype) for x in batches], gradient.to(self.dtype)
         if passes != "forward":
-            return self._both(itertools.cycle([x.clone().requires_grad_() for x in batches]), gradient)
+            self.leaves = [x.detach().requires_grad_() for x in batches]
+            return self._both(itertools.cycle(self.leaves), gradient)
         turns = itertools.cycle(batches)
         return self._into(turns, gradient) if self.out is not None else self._forward(turns)
+
+    def drop_gradients(self) -> None:
+        """Gives back the memory of all gradients."""
+        for module in self.modules:
+            module.zero_grad(set_to_none=True)
+        for x in self.leaves:
+            x.grad = None
 
     def layer(self, index: int, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """The output of one layer, as it is timed."""

@@ -17,6 +17,9 @@ from fastffn.ops.activations import get_activation
 
 # How torch's own GELU, which can work in place, calls what transformers calls so.
 IN_PLACE = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+# Neurons whose weights in 16 bits fill 16 bytes. An accelerator's fast matrix products take no others: a few neurons
+# more, as in 4,096 instead of the 4,095 of a tree, make a dense FFN faster.
+ALIGNED = 8
 
 
 def dense_config(config: FFNConfig, width: int) -> DenseConfig:
@@ -26,10 +29,18 @@ def dense_config(config: FFNConfig, width: int) -> DenseConfig:
     return DenseConfig(d_hidden=width, **{name: known[name] for name in shared if name in known})
 
 
-def widths(config: FFNConfig) -> dict[str, int]:
-    """The widths of the dense FFNs, by what they stand for; one that stands for several has the first name."""
+def widths(config: FFNConfig, *, padded: bool = False) -> dict[str, int]:
+    """The widths of the dense FFNs, by what they stand for; one that stands for several has the first name.
+
+    Args:
+        config: of what they are compared with.
+        padded: whether to add the width of all neurons rounded up to `ALIGNED`.
+    """
     assert config.d_model is not None
-    wanted = {"total": config.total_width, "usual": 4 * config.d_model, "active": config.active_width}
+    wanted = {"total": config.total_width}
+    if padded:
+        wanted["padded"] = -(-config.total_width // ALIGNED) * ALIGNED
+    wanted |= {"usual": 4 * config.d_model, "active": config.active_width}
     found: dict[str, int] = {}
     for name, width in wanted.items():
         if width not in found.values():
@@ -38,10 +49,13 @@ def widths(config: FFNConfig) -> dict[str, int]:
 
 
 def dense_contenders(case: LayerCase) -> list[Contender]:
-    """Each width in the dtype of the case, that of all neurons in float32 too where that is another one."""
+    """Each width in the dtype of the case, that of all neurons in float32 too where that is another one.
+
+    On an accelerator those of all neurons rounded up to `ALIGNED` stand for all neurons too.
+    """
     found = []
-    for stands_for, width in widths(case.config).items():
-        found += _of_width(case, width, case.torch_dtype, stands_for)
+    for stands_for, width in widths(case.config, padded=case.accelerated).items():
+        found += _of_width(case, width, case.torch_dtype, "total" if stands_for == "padded" else stands_for)
         if stands_for == "total" and case.torch_dtype != torch.float32:
             found += _of_width(case, width, torch.float32, stands_for)
     return found

@@ -24,9 +24,9 @@ def format_layer(result: dict[str, Any], *, tablefmt: str = "simple") -> str:
     for row in shown(result):
         seconds = row["seconds"]
         cells = [f"{row['tokens']:,}", row["passes"], row["name"], _ms(seconds["median"])]
-        cells += [f"{_ms(seconds['low'])} to {_ms(seconds['high'])}", _ratio(row["ratio"])]
+        cells += [f"{_ms(seconds['low'])} to {_ms(seconds['high'])}", _ratio(row["ratio"]) if "ratio" in row else ""]
         cells += [_ratio(row["bound"]) if "bound" in row else ""]
-        cells += [_ratio(row["ratio_any_dtype"])] if several else []
+        cells += [_ratio(row["ratio_any_dtype"]) if "ratio_any_dtype" in row else ""] if several else []
         rows.append(cells)
     align = ("right", "left", "left") + ("right",) * (len(headers) - 3)
     table = tabulate(rows, headers=headers, tablefmt=tablefmt, colalign=align, disable_numparse=True)
@@ -70,7 +70,7 @@ def plot_layer(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(6 * len(passes), 5), layout="constrained")
     panels = figure.subplots(1, len(passes), squeeze=False)[0]
     for axes, which in zip(panels, passes, strict=True):
-        rows = [row for row in result["rows"] if row["passes"] == which and row["role"] != "dense"]
+        rows = [row for row in result["rows"] if row["passes"] == which and row["role"] != "dense" and "ratio" in row]
         for number, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
             line = [row for row in rows if row["name"] == name]
             tokens, color = [row["tokens"] for row in line], f"C{number}"

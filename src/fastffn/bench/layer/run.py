@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -15,15 +15,17 @@ from fastffn.bench.layer.check import Compared, check, decided
 from fastffn.bench.layer.contender import Contender
 from fastffn.bench.layer.dense import dense_config, dense_contenders
 from fastffn.bench.layer.peers import LeftOut, peers
-from fastffn.errors import FastFFNError, MeasurementError
+from fastffn.errors import BackendError, ConfigError, FastFFNError, MeasurementError
 from fastffn.measure.limits import Limits, measure_limits
 from fastffn.measure.machine import describe_machine
-from fastffn.measure.timer import Timing, alternate
+from fastffn.measure.timer import OutOfMemory, Timing, alternate, free_memory
 from fastffn.nn import FFN
+from fastffn.ops import OPS
 from fastffn.registry import kind_of
 
 # Read and written before each call where caches are to be cold: several times what they hold.
 EVICTED = 2**27
+NO_MEMORY = "ran out of memory"
 
 
 def bench_layer(case: LayerCase, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
@@ -90,9 +92,13 @@ def _regime(case: LayerCase) -> str:
 
 
 def _own(case: LayerCase, layers: list[FFN]) -> list[Contender]:
-    """The FFN with each backend, and into memory that is given."""
+    """The FFN with each backend, and into memory that is given.
+
+    On an accelerator, where no backend was asked for, the Triton kernels by name too: a rule that was predicted for
+    another machine may leave calls to others that they do faster.
+    """
     name, found = kind_of(case.config).name, []
-    for backend in case.backends or (None,):
+    for backend in case.backends or ((None, "triton") if case.accelerated and _runs_triton(case) else (None,)):
         label = name if backend is None else f"{name}, {backend}"
         common: dict[str, Any] = {"bounded": True, "backend": backend, "dtype": case.torch_dtype}
         facts = {"backend": backend}
@@ -111,6 +117,14 @@ def _own(case: LayerCase, layers: list[FFN]) -> list[Contender]:
     return found
 
 
+def _runs_triton(case: LayerCase) -> bool:
+    try:
+        replace(case, backends=("triton",)).check_backends()
+    except (BackendError, ConfigError):
+        return False
+    return True
+
+
 def _inputs(case: LayerCase, layers: list[FFN], tokens: int) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Batches of random tokens `[T, D]` and a random gradient of the output `[T, O]`, the same ones every time.
 
@@ -119,15 +133,15 @@ def _inputs(case: LayerCase, layers: list[FFN], tokens: int) -> tuple[list[torch
     """
     config = layers[0].config
     assert config.d_model and config.d_out
-    random = torch.Generator().manual_seed(tokens)
+    random = torch.Generator(case.device).manual_seed(tokens)
     few, batches = tokens <= 64, max(2, min(64, 512 // tokens))
-    x = torch.randn(batches * tokens + 512 * few, config.d_model, generator=random)
+    x = torch.randn(batches * tokens + 512 * few, config.d_model, generator=random, device=case.device)
     if few:
         sure = decided(layers, x, case.torch_dtype)
-        x = x[torch.argsort((~sure).long(), stable=True)[: batches * tokens]]
-    gradient = torch.randn(tokens, config.d_out, generator=random)
-    x = x.to(case.device, case.torch_dtype)
-    return [batch.contiguous() for batch in x.split(tokens)], gradient.to(case.device, case.torch_dtype)
+        x = x[torch.argsort((~sure).long(), stable=True)[: batches * tokens].to(x.device)]
+    gradient = torch.randn(tokens, config.d_out, generator=random, device=case.device)
+    x = x.to(case.torch_dtype)
+    return [batch.contiguous() for batch in x.split(tokens)], gradient.to(case.torch_dtype)
 
 
 def _rows(
@@ -145,13 +159,18 @@ def _rows(
     compared: dict[str, Compared | None] = {}
     calls: dict[str, Callable[[], object]] = {}
     alone: dict[str, float] = {}
+    chosen: dict[str, dict[str, str]] = {}
     for one in here:
+        if one.backend and not case.backends and [set(of.values()) for of in chosen.values()] == [{"triton"}]:
+            continue  # what the rule chose
         one.mode(passes != "forward")
         try:
             call = one.call(passes, batches, gradient)
             if one.role == "peer":
                 _not_too_slow(one, call, passes, case.max_seconds)
             compared[one.name] = check(one, passes, batches[0], gradient)
+            if one.role == "ffn":
+                chosen[one.name] = _chosen(call)
             call()
             alone[one.name] = _once(call)
             calls[one.name] = call
@@ -164,13 +183,25 @@ def _rows(
             left_out[f"{one.name}, {tokens} tokens, {passes}"] = str(error)
         except FastFFNError:
             raise
+        except (torch.OutOfMemoryError, OutOfMemory):
+            left_out[f"{one.name}, {tokens} tokens, {passes}"] = NO_MEMORY
         except Exception as error:
             # Published code that does not take the dtype; no compiler on this machine.
             if one.role == "ffn" or (one.role == "dense" and one.facts["way"] == ""):
                 raise
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
             left_out[f"{one.name}, {tokens} tokens, {passes}"] = said[:200]
-    timings = _timed(case, calls, sum(alone[name] for name in calls))
+        if case.accelerated:
+            _free(here)
+    timings: dict[str, Timing] = {}
+    while calls and not timings:
+        try:
+            timings = _timed(case, calls, sum(alone[name] for name in calls), here)
+        except OutOfMemory as error:
+            del calls[error.name]
+            left_out[f"{error.name}, {tokens} tokens, {passes}"] = NO_MEMORY
+        if case.accelerated:
+            _free(here)
     here = [one for one in here if one.name in timings]
 
     # Whatever reached a higher rate than the measured limit has shown where the limit is.
@@ -181,7 +212,23 @@ def _rows(
     for layer in layers:
         layer.train(passes != "forward")
     bounds = {fresh: bound(case, layers, batches[0], passes, limits, fresh=fresh) for fresh in (True, False)}
-    return _ratios(case, here, timings, compared, bounds, tokens, passes)
+    rows = _ratios(case, here, timings, compared, bounds, tokens, passes)
+    return [row | ({"chosen": chosen[row["name"]]} if row["name"] in chosen else {}) for row in rows]
+
+
+def _chosen(call: Callable[[], object]) -> dict[str, str]:
+    """The backend that ran each pass of each operation of a call."""
+    for op in OPS.values():
+        op.forget()
+    call()
+    return {f"{op.name}, {which}": backend for op in OPS.values() for which, backend in op.choices().items()}
+
+
+def _free(contenders: list[Contender]) -> None:
+    """So that nobody's gradients are in the way of another's. Not on a CPU: its calls pay for memory that is fresh."""
+    for one in contenders:
+        one.drop_gradients()
+    free_memory()
 
 
 def _once(call: Callable[[], object]) -> float:
@@ -216,8 +263,7 @@ def _ratios(
         ]
         return min(found, key=lambda one: timings[one.name].median, default=None)
 
-    baseline = best("total")
-    assert baseline is not None
+    baseline = best("total")  # none where there was no memory for it
     others = {
         "ratio_usual": best("usual"),
         "ratio_active": best("active"),
@@ -227,10 +273,11 @@ def _ratios(
     for one in contenders:
         seconds = timings[one.name]
         row: dict[str, Any] = {"tokens": tokens, "passes": passes, "name": one.name, "role": one.role}
-        row |= {"seconds": asdict(seconds), "baseline": baseline.name}
-        row["ratio"] = timings[baseline.name].median / seconds.median
+        row["seconds"] = asdict(seconds)
+        if baseline is not None:
+            row |= {"baseline": baseline.name, "ratio": timings[baseline.name].median / seconds.median}
         row |= {name: timings[o.name].median / seconds.median for name, o in others.items() if o is not None}
-        if one.bounded:
+        if one.bounded and baseline is not None:
             limit = bounds[one.out is None]
             row["bound"] = timings[baseline.name].median / limit.seconds
             row["bound_seconds"] = asdict(limit) | {"seconds": limit.seconds}
@@ -249,21 +296,27 @@ def _multiply_adds(case: LayerCase, dense: Contender, tokens: int, passes: str) 
     return case.layers * multiply_adds(dense_config(case.config, dense.facts["width"]), tokens, passes)
 
 
-def _timed(case: LayerCase, calls: dict[str, Callable[[], object]], once: float) -> dict[str, Timing]:
+def _timed(
+    case: LayerCase, calls: dict[str, Callable[[], object]], once: float, contenders: list[Contender]
+) -> dict[str, Timing]:
     """Times the calls, all of which once take `once` seconds: more often where that is short, less where it is long."""
-    between = None
+    evicted: torch.Tensor | None = None
+
+    def between() -> object:
+        if case.accelerated:
+            for one in contenders:
+                one.drop_gradients()
+        return None if evicted is None else evicted.add_(1)
+
     block = 12 if once < 0.02 else 3 if once < 1 else 1
     if case.cold:
         block = 1
         evicted = torch.zeros(EVICTED // 4, device=case.device)
-
-        def between() -> object:
-            return evicted.add_(1)
-
         once += len(calls) * 2 * alternate({"": between}, rounds=2)[""].median
     affordable = int(case.max_seconds / (block * once))
     usual = max(case.rounds, min(100, int(1 / (block * once))))
-    return alternate(calls, rounds=max(3, min(usual, affordable)), block=block, between=between)
+    rounds = max(3, min(usual, affordable))
+    return alternate(calls, rounds=rounds, block=block, between=between if case.cold or case.accelerated else None)
 
 
 @contextlib.contextmanager
@@ -278,5 +331,8 @@ def _threads(number: int | None) -> Iterator[None]:
 
 
 def _line(rows: list[dict[str, Any]], tokens: int, passes: str) -> str:
-    own = next(row for row in rows if (row["tokens"], row["passes"]) == (tokens, passes) and row["role"] == "ffn")
+    here = [row for row in rows if (row["tokens"], row["passes"]) == (tokens, passes)]
+    own = next((row for row in here if row["role"] == "ffn" and "ratio" in row), None)
+    if own is None:
+        return f"{tokens:,} tokens, {passes}: {NO_MEMORY}"
     return f"{tokens:,} tokens, {passes}: {own['ratio']:.2f} times as fast, bound {own['bound']:.0f}"
