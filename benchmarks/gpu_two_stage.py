@@ -72,7 +72,7 @@ def experiment(shape: str, compiled: bool, args: argparse.Namespace, output: Pat
     if args.validation:
         command += ["--validation", args.validation]
     if args.dry_run:
-        command += ["--preset", "small", "--layers", "1", "--d-model", "16", "--heads", "2", "--sequence", "16"]
+        command += ["--preset", "small", "--layers", "2", "--d-model", "16", "--heads", "2", "--sequence", "16"]
         command += ["--batch", "2", "--steps", "10", "--warmup-steps", "2", "--rewarm-steps", "2"]
         command += ["--tokenizer", "train:300", "--rates", "0.001", "--lengths", "0.8"]
     else:

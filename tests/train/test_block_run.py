@@ -23,6 +23,7 @@ SMALL = {
     "switch": 0.6,
     "learning_rate": 3e-3,
     "dense_layers": None,
+    "rank": None,
     "dense_learning_rate": None,
     "factor_learning_rate": None,
     "warmup_steps": 4,

@@ -58,7 +58,7 @@ def test_options_come_from_the_registry() -> None:
         ({"batch": 6, "micro_batch": 4}, "does not divide"),
         ({"switch": 1.0}, "switch is 1.0"),
         ({"dense_warmup": 0.7}, "below switch"),
-        ({"decay": 0.5}, r"at most 1 - switch = 0.4"),
+        ({"decay": 0.5}, r"at most 1 - switch = 0.3"),
         ({"schedule": "cosine"}, "dense one only"),
         ({"epochs": 1.0}, "steps is 360 and epochs is 1.0; give one of the two"),
         ({"steps": None}, "one of the two"),

@@ -15,7 +15,7 @@ from fastffn.errors import BackendError
 from fastffn.measure.gate import gate
 from fastffn.ops import neuron_tree
 from fastffn.ops.dispatch import use_backend
-from fastffn.ops.neuron_tree import IMPLS, crossovers, dense, reference, routes, torch_grouped
+from fastffn.ops.neuron_tree import IMPLS, crossovers, dense, masked, reference, routes, torch_grouped
 from fastffn.ops.neuron_tree.request import Request, neurons_of, path_to, request_of
 from tests.ops.neuron_tree.cases import Case, clear, exact, make
 
@@ -294,7 +294,7 @@ def test_dense_in_several_chunks_is_dense_in_one(monkeypatch) -> None:
     case = make(100, depth=4)
     y, scores, last = dense.forward(*case, keep=True, out=None)
     whole = [y, scores, last, *dense.backward(y, *case, scores, last, needs=(True,) * 4)]
-    monkeypatch.setattr(dense, "CHUNK_ELEMENTS", 62 * 17)
+    monkeypatch.setattr(masked, "CHUNK_ELEMENTS", 62 * 17)
     chunked = list(dense.forward(*case, keep=True, out=None))
     chunked += dense.backward(chunked[0], *case, scores, last, needs=(True,) * 4)
     for one, two in zip(whole, chunked, strict=True):

@@ -8,7 +8,7 @@ import torch
 import fastffn
 from fastffn.measure.memory import peak_bytes
 from fastffn.ops import neuron_tree
-from fastffn.ops.neuron_tree import dense, torch_grouped
+from fastffn.ops.neuron_tree import masked, torch_grouped
 from tests.ops.neuron_tree.cases import make
 
 WIDTH, DEPTH = 32, 13
@@ -59,7 +59,7 @@ def test_what_is_kept_for_the_backward_pass() -> None:
 
 
 def test_the_dense_route_is_bounded(monkeypatch) -> None:
-    monkeypatch.setattr(dense, "CHUNK_ELEMENTS", 64 * 2047)
+    monkeypatch.setattr(masked, "CHUNK_ELEMENTS", 64 * 2047)
     case = make(3000, d_model=WIDTH, d_out=WIDTH, depth=10, trees=1)
     with fastffn.use_backend("dense"):
         peak = peak_bytes(lambda: neuron_tree(*case[:5]), torch.device("cpu"))
