@@ -41,6 +41,9 @@ def run_config(ctx: click.Context, preset: str, config_file: Path | None, flags:
     if values.get("init_from"):
         found = start_fields(values["init_from"])
         values |= {name: value for name, value in found.items() if name not in chosen and name not in written}
+    # A preset's, which a model of one layer does not have to spare.
+    if values["layers"] == 1 and "dense_layers" not in {*chosen, *written}:
+        values["dense_layers"] = None
     return PretrainConfig.from_flat(values)
 
 
@@ -59,9 +62,6 @@ def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         values |= dict.fromkeys((*ffn_option_types(), "dense_layers"))
         if above["ffn"] == "dense":
             values["factor_learning_rate"] = None  # it was that of factors, and there are none
-    # A model of one layer has none to spare.
-    if above.get("layers", values["layers"]) <= (values["dense_layers"] or 0):
-        values["dense_layers"] = None
     return values | above
 
 
