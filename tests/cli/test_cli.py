@@ -237,11 +237,13 @@ def test_one_length_replaces_the_other(tmp_path) -> None:
 
 
 def test_a_learning_rate_is_for_all() -> None:
-    names = ("learning_rate", "dense_learning_rate", "factor_learning_rate")
+    names = ("learning_rate", "dense_learning_rate", "factor_learning_rate", "ffn_learning_rate")
     values = printed()
-    assert [values[name] for name in names] == [1e-3, 1e-3, 1.4e-3]
+    assert [values[name] for name in names] == [1e-3, 1e-3, 1.4e-3, None]
     values = printed("--learning-rate", "3e-4", "--factor-learning-rate", "5e-4")
-    assert [values[name] for name in names] == [3e-4, None, 5e-4]
+    assert [values[name] for name in names] == [3e-4, None, 5e-4, None]
+    values = printed("--learning-rate", "3e-4", "--ffn-learning-rate", "6e-4")
+    assert [values[name] for name in names] == [3e-4, None, None, 6e-4]
 
 
 def test_files_put_aside_what_contradicts_them_as_flags_do(tmp_path) -> None:
@@ -266,7 +268,7 @@ def test_another_kind_does_not_have_the_presets_options() -> None:
     assert (values["ffn"], values["rank"], values["schedule"], values["decay"]) == ("dense", None, "cosine", 0.9)
     # The demo's rate for factors is not meant for dense FFNs.
     assert printed("--ffn", "dense")["factor_learning_rate"] is None
-    assert printed("--ffn", "dense", "--factor-learning-rate", "2e-3")["factor_learning_rate"] == 2e-3
+    assert printed("--ffn", "dense", "--ffn-learning-rate", "2e-3")["ffn_learning_rate"] == 2e-3
     assert printed("--ffn", "block")["factor_learning_rate"] == 1.4e-3
     # Nor is the first FFN, which factors spare, for other kinds.
     assert printed()["dense_layers"] == 1 and printed("--ffn", "neuron_tree")["dense_layers"] is None

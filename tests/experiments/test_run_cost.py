@@ -28,8 +28,8 @@ def test_every_recipe_makes_a_run_and_has_a_price(name) -> None:
     assert (price.factorised == price.dense) == (not run.two_stage)
     # Neurons are woken by copying.
     assert (price.merge > 0) == (recipe.ffn in ("low_rank", "block"))
-    rate = None if recipe.factors_rate == 1 else 1e-3 * recipe.factors_rate
-    assert run.factor_learning_rate == rate
+    assert run.factor_learning_rate == (None if recipe.factors_rate == 1 else 1e-3 * recipe.factors_rate)
+    assert run.ffn_learning_rate == (None if recipe.ffn_rate == 1 else 1e-3 * recipe.ffn_rate)
 
 
 def test_prices_by_hand() -> None:

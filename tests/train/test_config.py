@@ -65,6 +65,11 @@ def test_options_come_from_the_registry() -> None:
         ({"steps": 0}, "steps is 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"learning_rate": float("inf")}, "learning_rate is inf"),
+        ({"ffn_learning_rate": 0.0}, "ffn_learning_rate is 0.0"),
+        (
+            {"ffn": "dense", "rank": None, "factor_learning_rate": 1e-3},
+            "factor_learning_rate is 0.001, but ffn is dense and there are no factors; ffn_learning_rate is",
+        ),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"validation_fraction": 0.0}, "validation_fraction is 0.0"),
         ({"tokenizer": "train:10"}, "at least 257"),

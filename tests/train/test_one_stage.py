@@ -109,14 +109,18 @@ def test_validation_is_the_task_alone(text_file, tmp_path) -> None:
     assert results["stages"]["moe"]["validation_loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
-def test_a_dense_run_of_its_own_may_have_a_rate_for_its_ffns(text_file) -> None:
-    def rates(**changes) -> tuple[float, float]:
-        dense = plan_stages(tiny(text_file, learning_rate=1e-3, **changes), 20)["dense"]
-        return dense.learning_rate, dense.switched_learning_rate
+def test_dense_ffns_may_have_a_rate_of_their_own(text_file) -> None:
+    def rates(stage: str = "dense", **changes) -> tuple[float, float, int]:
+        found = plan_stages(tiny(text_file, learning_rate=1e-3, **changes), 20)[stage]
+        return found.learning_rate, found.switched_learning_rate, found.dense_layers
 
     alone = {"ffn": "dense", "rank": None}
-    assert rates(**alone) == (1e-3, 1e-3)
-    assert rates(**alone, factor_learning_rate=2e-3) == (1e-3, 2e-3)
-    assert rates(**alone, dense_learning_rate=3e-3) == (3e-3, 3e-3)
-    # Beside factors that rate is the factors'.
-    assert rates(factor_learning_rate=2e-3) == (1e-3, 1e-3)
+    assert rates(**alone) == (1e-3, 1e-3, 0)
+    assert rates(**alone, ffn_learning_rate=2e-3) == (1e-3, 2e-3, 0)
+    assert rates(**alone, dense_learning_rate=3e-3) == (3e-3, 3e-3, 0)
+    assert rates(**alone, dense_learning_rate=3e-3, ffn_learning_rate=2e-3, dense_layers=1) == (3e-3, 2e-3, 1)
+    both = {"factor_learning_rate": 2e-3, "ffn_learning_rate": 5e-4, "dense_layers": 1, "dense_warmup": 0.1}
+    # Beside factors, which have theirs, it is the baseline's and that of the merged ones.
+    assert rates(**both) == rates("warmup", **both) == rates("stage2", **both) == (1e-3, 5e-4, 1)
+    assert rates("stage1", **both) == (1e-3, 2e-3, 1)
+    assert rates("stage2", factor_learning_rate=2e-3) == rates(factor_learning_rate=2e-3) == (1e-3, 1e-3, 0)

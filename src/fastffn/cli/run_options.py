@@ -10,7 +10,7 @@ import click
 
 from fastffn.cli.options import field_options, option_for
 from fastffn.errors import ConfigError, did_you_mean
-from fastffn.train.config import PRESETS, PretrainConfig, ffn_option_types, get_preset, start_fields
+from fastffn.train.config import PRESETS, RATES, PretrainConfig, ffn_option_types, get_preset, start_fields
 
 
 def add_run_options(command: click.Command, *, preset: str = "demo") -> None:
@@ -56,10 +56,10 @@ def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
             values[other] = None
     # A learning rate is that of all parts of the model, unless those are named too.
     if "learning_rate" in above:
-        values |= {"dense_learning_rate": None, "factor_learning_rate": None}
-    # Another kind does not have this one's options, nor FFNs that it spares.
+        values |= dict.fromkeys(RATES)
+    # Another kind does not have this one's options, nor FFNs that it spares and the rate of the others.
     if above.get("ffn", values["ffn"]) != values["ffn"]:
-        values |= dict.fromkeys((*ffn_option_types(), "dense_layers"))
+        values |= dict.fromkeys((*ffn_option_types(), "dense_layers", "ffn_learning_rate"))
         if above["ffn"] == "dense":
             values["factor_learning_rate"] = None  # it was that of factors, and there are none
     return values | above

@@ -21,6 +21,7 @@ class Recipe:
         options: of that kind, others than these.
         changes: fields of the run that differ from the others'.
         factors_rate: learning rate of the factors over that of the rest.
+        ffn_rate: that of dense FFNs' matrices, merged ones too, where not all FFNs are among `dense_layers`.
         note: for the table.
     """
 
@@ -31,6 +32,7 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
     factors_rate: float = 1.0
+    ffn_rate: float = 1.0
     note: str = ""
 
     @property
@@ -59,6 +61,7 @@ class Recipe:
             learning_rate=rate,
             dense_learning_rate=None,
             factor_learning_rate=None if self.factors_rate == 1 else self.factors_rate * rate,
+            ffn_learning_rate=None if self.ffn_rate == 1 else self.ffn_rate * rate,
             seed=seed,
             **changes,
         )
@@ -85,19 +88,30 @@ def recipes() -> dict[str, Recipe]:
         _dense("dense", "one stage"),
         _dense("dense-decay-60", "the rate falls over 60 % of the steps", decay=0.6),
         _dense("dense-decay-15", "the rate falls over 15 % of the steps", decay=0.15),
-        # The knob that two-stage recipes have.
-        Recipe("dense-ffn-2x", "dense", None, factors_rate=2.0, note="FFNs at twice the rate"),
-        Recipe("dense-ffn-4x", "dense", None, factors_rate=4.0, note="FFNs at four times the rate"),
+        # The knobs that two-stage recipes have.
+        Recipe("dense-ffn-2x", "dense", None, ffn_rate=2.0, note="FFNs at twice the rate"),
+        Recipe("dense-ffn-4x", "dense", None, ffn_rate=4.0, note="FFNs at four times the rate"),
+        *(
+            Recipe(
+                f"dense-upper-{part}th",
+                "dense",
+                None,
+                changes=first,
+                ffn_rate=1 / part,
+                note=f"FFNs after the first at 1/{part} of the rate",
+            )
+            for part in (4, 8)
+        ),
         # Controls: if these win, the model was too large for the budget, and no first stage is needed.
         Recipe(
-            "half-stays-2x", "dense", None, 2.0, factors_rate=2.0, note="a model of 2 d neurons, FFNs at twice the rate"
+            "half-stays-2x", "dense", None, 2.0, ffn_rate=2.0, note="a model of 2 d neurons, FFNs at twice the rate"
         ),
         Recipe(
             "quarter-stays-2x",
             "dense",
             None,
             1.0,
-            factors_rate=2.0,
+            ffn_rate=2.0,
             note="a model of d neurons, FFNs at twice the rate",
         ),
         _low_rank("naive", "rank d/4, switch after 60 %"),

@@ -32,6 +32,7 @@ from fastffn.experiments.time_to_loss_figures import compared, screened, tuned_d
 from fastffn.experiments.time_to_loss_report import plot, report
 from fastffn.experiments.wikitext2 import wikitext_2
 from fastffn.measure.machine import describe_machine
+from fastffn.train.config import RATES as RATES_OF_A_RUN
 from fastffn.train.config import PretrainConfig
 from fastffn.train.pretrain import pretrain
 from fastffn.train.processes import say
@@ -77,7 +78,7 @@ def time_to_loss(
     if seeds and not config.masked:
         # Not after hours of training.
         find_text(**wikitext_2()["test"])
-    own = {"seed", "learning_rate", "dense_learning_rate", "factor_learning_rate"}
+    own = {"seed", *RATES_OF_A_RUN}
     settings = {"experiment": "time-to-loss"} | {n: v for n, v in config.to_flat().items() if n not in own}
     with opened(output, settings) as cells:
         if not (output / "tokenizer").is_dir():

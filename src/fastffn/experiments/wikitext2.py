@@ -159,6 +159,7 @@ def _tuned(
         learning_rate=tuning.learning_rate,
         dense_learning_rate=None,
         factor_learning_rate=None,
+        ffn_learning_rate=None,
         warmup_steps=min(config.warmup_steps, tuning.steps // 10),
         evaluate_every=tuning.evaluate_every,
         checkpoint_every=tuning.steps,

@@ -72,8 +72,9 @@ class PretrainConfig:
     micro_batch: int | None = _field(None, "sequences on a device at once; default: all of the batch")
     learning_rate: float = _field(1e-3, "peak learning rate of the two-stage run")
     dense_learning_rate: float | None = _field(None, "peak learning rate of the dense run; default: the same")
-    factor_learning_rate: float | None = _field(
-        None, "peak learning rate of the factors (of the FFNs' matrices, if ffn is dense); default: the same"
+    factor_learning_rate: float | None = _field(None, "peak learning rate of the factors; default: the same")
+    ffn_learning_rate: float | None = _field(
+        None, "peak learning rate of dense FFNs' matrices after dense_layers, merged ones too; default: the same"
     )
     schedule: Literal["wsd", "cosine"] = _field("wsd", "wsd (warm-up, stable, decay) or, with --restart, cosine")
     warmup_steps: int = _field(30, "steps of linear warm-up")
@@ -102,7 +103,7 @@ class PretrainConfig:
         for name in ("d_hidden", "micro_batch", "steps", "vocabulary", "evaluate_every", "log_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "must be at least 1")
-        for name in ("learning_rate", "dense_learning_rate", "factor_learning_rate", "epochs"):
+        for name in (*RATES, "epochs"):
             value = getattr(self, name)
             _require(value is None or 0 < value < float("inf"), name, value, "must be above 0")
         for name in ("dropout", "beta1", "beta2"):
@@ -170,6 +171,11 @@ class PretrainConfig:
         if self.masked and size == SMALLEST:
             raise ConfigError(f"tokenizer is '{self.tokenizer}'; with a mask token it has {SMALLEST + 1} at least.")
         get_activation(self.activation)
+        if self.ffn == "dense" and self.factor_learning_rate is not None:
+            raise ConfigError(
+                f"factor_learning_rate is {self.factor_learning_rate}, but ffn is dense and there are no factors; "
+                "ffn_learning_rate is the rate of dense FFNs."
+            )
         self.ffn_config()
 
     @property
@@ -257,6 +263,8 @@ class PretrainConfig:
 
 
 _PATHS = ("data", "validation", "tokenizer", "init_from")
+
+RATES = ("learning_rate", "dense_learning_rate", "factor_learning_rate", "ffn_learning_rate")
 
 
 def mergeable_kinds() -> list[str]:

@@ -19,7 +19,7 @@ class Stage:
         total: steps that the schedule spans.
         learning_rate, switched_learning_rate: peak rates of groups 0 and 1, and of group 2.
         rewarm_steps: steps from `begin` over which group 2's rate rises to the schedule; 0 for none.
-        dense_layers: first FFNs that are never factorised, and so not in group 2.
+        dense_layers: first FFNs that are never factorised: in group 0 instead of 2.
         data_seed: seed of the order of the data.
     """
 
@@ -48,7 +48,6 @@ def plan_stages(config: PretrainConfig, steps: int) -> dict[str, Stage]:
     """
     rate = config.learning_rate
     dense_rate = config.dense_learning_rate or rate
-    factor_rate = config.factor_learning_rate or (dense_rate if config.ffn == "dense" else rate)
     seed = config.seed
 
     def dense(name: str, steps: int) -> Stage:
@@ -57,8 +56,8 @@ def plan_stages(config: PretrainConfig, steps: int) -> dict[str, Stage]:
             end=steps,
             total=steps,
             learning_rate=dense_rate,
-            # Beside another kind the baseline has one rate; alone it may have what the others have.
-            switched_learning_rate=factor_rate if config.ffn == "dense" else dense_rate,
+            switched_learning_rate=config.ffn_learning_rate or dense_rate,
+            dense_layers=config.dense_layers or 0,
             data_seed=seed,
         )
 
@@ -70,7 +69,7 @@ def plan_stages(config: PretrainConfig, steps: int) -> dict[str, Stage]:
             end=end,
             total=total,
             learning_rate=rate,
-            switched_learning_rate=factor_rate if factorised else rate,
+            switched_learning_rate=(config.factor_learning_rate if factorised else config.ffn_learning_rate) or rate,
             rewarm_steps=rewarm,
             dense_layers=config.dense_layers or 0,
             data_seed=seed,
