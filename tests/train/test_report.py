@@ -85,6 +85,18 @@ def test_not_reached_is_an_answer(results, tmp_path) -> None:
     assert "not reached; the two-stage run ends at 3.8000 after 8.0 s against 10.0 s" in verdicts(results)[0]
 
 
+def test_it_names_every_learning_rate(results, tmp_path) -> None:
+    def said(**changes) -> str:
+        write_report(tmp_path, results | {"config": results["config"] | changes})
+        return (tmp_path / "report.md").read_text()
+
+    assert "rank 2, peak learning rate 0.1, dense 0.1; seed" in said()
+    rates = {"factor_learning_rate": 0.2, "dense_learning_rate": 0.3, "ffn_learning_rate": 0.4}
+    assert "rank 2, peak learning rate 0.1, factors 0.2, dense 0.3, its FFNs 0.4; seed" in said(**rates)
+    assert "dense 0.3, its FFNs after the first 1 0.4; seed" in said(**rates, dense_layers=1)
+    assert "; peak learning rate 0.1, its FFNs 0.4; seed" in said(ffn="dense", ffn_learning_rate=0.4)
+
+
 def test_files(results, tmp_path) -> None:
     write_report(tmp_path, results)
     assert json.loads((tmp_path / "results.json").read_text())["time_to_loss"]["dense"]["ratio"] == 0.6

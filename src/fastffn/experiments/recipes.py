@@ -75,8 +75,8 @@ def _low_rank(name: str, note: str, **fields: Any) -> Recipe:
     return Recipe(name, note=note, **fields)
 
 
-def _narrow(name: str, note: str, width: float, rate: float = 1.0, **changes: Any) -> Recipe:
-    return Recipe(name, "narrow", None, width, changes=changes, factors_rate=rate, note=note)
+def _narrow(name: str, note: str, width: float, rate: float = 1.0, merged: float = 1.0, **changes: Any) -> Recipe:
+    return Recipe(name, "narrow", None, width, changes=changes, factors_rate=rate, ffn_rate=merged, note=note)
 
 
 def recipes() -> dict[str, Recipe]:
@@ -127,6 +127,14 @@ def recipes() -> dict[str, Recipe]:
         _narrow("narrow-2x", "d neurons awake, FFNs at twice the rate", 1.0, 2.0),
         _narrow("narrow-2x-30", "d neurons awake, twice the rate, switch after 30 %", 1.0, 2.0, switch=0.3),
         _narrow("narrow-2x-70", "d neurons awake, twice the rate, switch after 70 %", 1.0, 2.0, switch=0.7),
+        _narrow(
+            "narrow-2x-70-2x",
+            "d neurons awake, twice the rate, after the switch at 70 % too",
+            1.0,
+            2.0,
+            2.0,
+            switch=0.7,
+        ),
         _narrow("narrow-4x", "d neurons awake, four times the rate", 1.0, 4.0),
         _narrow("half-2x", "2 d neurons awake, FFNs at twice the rate", 2.0, 2.0),
         _narrow("quarter-4x", "d/2 neurons awake, four times the rate", 0.5, 4.0),

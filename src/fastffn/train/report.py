@@ -176,16 +176,21 @@ def _write(output: Path, results: dict[str, Any], summary: list[str], end: list[
     config, gain = results["config"], results["gain"]
     architecture = get_architecture(config.get("architecture"))
     plot(results, output / "loss_vs_time.png")
-    rates = f"peak learning rate {config['dense_learning_rate'] or config['learning_rate']:g}"
+    dense_rate = f"{config['dense_learning_rate'] or config['learning_rate']:g}"
+    rates = f"peak learning rate {dense_rate}"
     title = "Two-stage pre-training" if gain is not None else "Pre-training"
     if config["ffn"] != "dense":
         chosen = {name: value for name, value in config.items() if name in results["ffn"] and value is not None}
         rates = (
             f"{'stage 1: ' if gain is not None else ''}{config['ffn']}, "
             + "".join(f"{name} {value}, " for name, value in chosen.items())
-            + f"peak learning rate {config['learning_rate']:g}, dense "
-            f"{config['dense_learning_rate'] or config['learning_rate']:g}"
+            + f"peak learning rate {config['learning_rate']:g}, "
+            + (f"factors {config['factor_learning_rate']:g}, " if config.get("factor_learning_rate") else "")
+            + f"dense {dense_rate}"
         )
+    if config.get("ffn_learning_rate"):
+        first = config.get("dense_layers")
+        rates += f", its FFNs{f' after the first {first}' if first else ''} {config['ffn_learning_rate']:g}"
     start = f" From {config['init_from']}." if config["init_from"] else ""
     waiting = max((record.get("waiting_share", 0.0) for record in results["stages"].values()), default=0.0)
     lines = [
