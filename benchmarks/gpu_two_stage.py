@@ -38,7 +38,7 @@ from fastffn.train.config import PretrainConfig, get_preset
 
 RESULTS = Path(__file__).parent / "results" / "gpu-two-stage"
 SHAPES = ("seed", "gpt2-small")
-RECIPES = ("dense-ffn-2x", "half-stays-2x", "naive", "factors-2x", "narrow-2x-70", "first-dense-16th-80")
+RECIPES = ("dense-ffn-2x", "dense-upper-8th", "half-stays-2x", "naive", "narrow-2x-70-2x", "first-dense-16th-80")
 VOCABULARY = 50257
 
 

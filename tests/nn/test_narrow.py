@@ -30,11 +30,29 @@ def test_merging_wakes_and_changes_nothing() -> None:
     x = torch.randn(5, 6)
     torch.testing.assert_close(merged(x), ffn(x))
     assert merged.up.weight.shape == (20, 6)
-    assert torch.equal(merged.up.weight[3:], ffn.asleep.up.weight)
+    assert torch.equal(merged.up.weight[:3], ffn.up.weight)
+    assert torch.equal(merged.up.bias[3:], ffn.asleep.up.bias)
     assert not merged.down.weight[:, 3:].any()
     merged(x).square().sum().backward()
     # What was asleep begins to learn: first the way out.
     assert merged.down.weight.grad[:, 3:].any() and not merged.up.weight.grad[3:].any()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_woken_read_with_weights_as_large_as_the_others(gated: bool) -> None:
+    ffn = build(NarrowConfig(d_model=6, d_hidden=20, width=3, gated=gated))
+    with torch.no_grad():
+        for name in ("up", "gate") if gated else ("up",):
+            getattr(ffn, name).weight.mul_(50)
+    merged = ffn.merge()
+    for name in ("up", "gate") if gated else ("up",):
+        woken, before = getattr(merged, name).weight[3:], getattr(ffn.asleep, name).weight
+        awake = getattr(ffn, name).weight
+        assert woken.square().mean().item() == pytest.approx(awake.square().mean().item())
+        torch.testing.assert_close(woken / woken.norm(), before / before.norm())
+    with torch.no_grad():
+        ffn.asleep.up.weight.zero_()
+    assert not ffn.merge().up.weight[3:].any()
 
 
 def test_dense_with_the_rest_silenced() -> None:

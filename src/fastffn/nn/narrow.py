@@ -2,7 +2,8 @@
 
 A first stage that is cheap because the FFN is small: every neuron that is awake reads and writes all of the residual
 stream, which factors of low rank do not, and one awake is next to no FFN at all. Neurons asleep keep the weights into
-them that they started with; once awake they contribute nothing until the weights out of them, zero, have learnt.
+them that they started with. Once awake they contribute nothing until the weights out of them, zero, have learnt; for
+that they read with weights as large as those of the others have become (docs/two-stage.md: what it is worth).
 
 With `drop` nobody sleeps: the other neurons are gone (structured pruning), and what is left is a smaller dense FFN.
 """
@@ -141,7 +142,10 @@ class NarrowFFN(LinearMapFFN[NarrowConfig]):
 
     @classmethod
     def merged_tensors(cls, config: NarrowConfig) -> dict[str, MergedTensor]:
-        """The neurons asleep come after those awake, with weights of zero out of them; dropped ones are all zeros."""
+        """The neurons asleep come after those awake, with weights of zero out of them; dropped ones are all zeros.
+
+        Weights into the neurons asleep are scaled to the root mean square of those awake.
+        """
         into = [name for name in config.linear_maps() if name != "down"]
         parts = ("weight", "bias") if config.bias else ("weight",)
         if config.drop:
@@ -152,8 +156,10 @@ class NarrowFFN(LinearMapFFN[NarrowConfig]):
                 recipe[name] = MergedTensor((name,), partial(_padded, missing, 0))
         else:
             recipe = {"down.weight": MergedTensor(("down.weight", "asleep.up.weight"), _silent)}
-            for name in (f"{name}.{part}" for name in into for part in parts):
-                recipe[name] = MergedTensor((f"asleep.{name}", name), _awakened)
+            for name in into:
+                recipe[f"{name}.weight"] = MergedTensor((f"asleep.{name}.weight", f"{name}.weight"), _awakened)
+                if config.bias:
+                    recipe[f"{name}.bias"] = MergedTensor((f"asleep.{name}.bias", f"{name}.bias"), _joined)
         if config.bias:
             recipe["down.bias"] = MergedTensor(("down.bias",))
         return recipe
@@ -189,7 +195,14 @@ def _as_buffers(linear: nn.Linear) -> nn.Module:
 
 
 def _awakened(asleep: torch.Tensor, awake: torch.Tensor) -> torch.Tensor:
-    """Weights into all neurons, or their biases."""
+    """Weights into all neurons."""
+    size, wanted = (weight.detach().double().square().mean().sqrt() for weight in (asleep, awake))
+    # Rows of zeros have no direction to be scaled along.
+    return _joined(asleep * torch.where(size > 0, wanted / size, 1.0), awake)
+
+
+def _joined(asleep: torch.Tensor, awake: torch.Tensor) -> torch.Tensor:
+    """Those of all neurons, those awake first."""
     return torch.cat((awake.detach(), asleep.detach()))
 
 
