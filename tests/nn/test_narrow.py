@@ -39,7 +39,7 @@ def test_merging_wakes_and_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_the_woken_read_with_weights_as_large_as_the_others(gated: bool) -> None:
+def test_the_woken_read_with_weights_twice_as_large_as_the_others(gated: bool) -> None:
     ffn = build(NarrowConfig(d_model=6, d_hidden=20, width=3, gated=gated))
     with torch.no_grad():
         for name in ("up", "gate") if gated else ("up",):
@@ -48,7 +48,7 @@ def test_the_woken_read_with_weights_as_large_as_the_others(gated: bool) -> None
     for name in ("up", "gate") if gated else ("up",):
         woken, before = getattr(merged, name).weight[3:], getattr(ffn.asleep, name).weight
         awake = getattr(ffn, name).weight
-        assert woken.square().mean().item() == pytest.approx(awake.square().mean().item())
+        assert woken.square().mean().item() == pytest.approx(4 * awake.square().mean().item())
         torch.testing.assert_close(woken / woken.norm(), before / before.norm())
     with torch.no_grad():
         ffn.asleep.up.weight.zero_()
