@@ -239,7 +239,7 @@ def test_one_length_replaces_the_other(tmp_path) -> None:
 def test_a_learning_rate_is_for_all() -> None:
     names = ("learning_rate", "dense_learning_rate", "factor_learning_rate", "ffn_learning_rate")
     values = printed()
-    assert [values[name] for name in names] == [1e-3, 1e-3, 1.4e-3, None]
+    assert [values[name] for name in names] == [1.4e-3, 1e-3, 3.5e-4, 1.25e-4]
     values = printed("--learning-rate", "3e-4", "--factor-learning-rate", "5e-4")
     assert [values[name] for name in names] == [3e-4, None, 5e-4, None]
     values = printed("--learning-rate", "3e-4", "--ffn-learning-rate", "6e-4")
@@ -269,11 +269,17 @@ def test_another_kind_does_not_have_the_presets_options() -> None:
     # The demo's rate for factors is not meant for dense FFNs.
     assert printed("--ffn", "dense")["factor_learning_rate"] is None
     assert printed("--ffn", "dense", "--ffn-learning-rate", "2e-3")["ffn_learning_rate"] == 2e-3
-    assert printed("--ffn", "block")["factor_learning_rate"] == 1.4e-3
+    assert printed("--ffn", "block")["factor_learning_rate"] is None
     # Nor is the first FFN, which factors spare, for other kinds.
     assert printed()["dense_layers"] == 1 and printed("--ffn", "neuron_tree")["dense_layers"] is None
     assert printed("--ffn", "block", "--dense-layers", "2")["dense_layers"] == 2
     assert printed("--layers", "1")["dense_layers"] is None and printed("--layers", "2")["dense_layers"] == 1
+    # Without it, the rates of the others would be those of all.
+    rates = ("factor_learning_rate", "ffn_learning_rate")
+    for flags in (["--dense-layers", "0"], ["--layers", "1"], ["--ffn", "block"]):
+        assert [printed(*flags)[name] for name in rates] == [None, None]
+    assert [printed("--dense-layers", "0", "--ffn-learning-rate", "2e-3")[name] for name in rates] == [None, 2e-3]
+    assert None not in [printed("--dense-layers", "1", "--rank", "8")[name] for name in rates]
 
 
 BAD = [

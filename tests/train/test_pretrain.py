@@ -36,6 +36,7 @@ SMALL = {
     "dense_layers": None,
     "dense_learning_rate": None,
     "factor_learning_rate": None,
+    "ffn_learning_rate": None,
     "warmup_steps": 4,
     "rewarm_steps": 4,
     "evaluate_every": 4,

@@ -43,7 +43,7 @@ def run_config(ctx: click.Context, preset: str, config_file: Path | None, flags:
         values |= {name: value for name, value in found.items() if name not in chosen and name not in written}
     # A preset's, which a model of one layer does not have to spare.
     if values["layers"] == 1 and "dense_layers" not in {*chosen, *written}:
-        values["dense_layers"] = None
+        values |= {name: None for name in _SPARED if name not in chosen and name not in written}
     return PretrainConfig.from_flat(values)
 
 
@@ -57,12 +57,16 @@ def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     # A learning rate is that of all parts of the model, unless those are named too.
     if "learning_rate" in above:
         values |= dict.fromkeys(RATES)
-    # Another kind does not have this one's options, nor FFNs that it spares and the rate of the others.
+    # Another kind does not have this one's options, nor FFNs that it spares.
     if above.get("ffn", values["ffn"]) != values["ffn"]:
-        values |= dict.fromkeys((*ffn_option_types(), "dense_layers", "ffn_learning_rate"))
-        if above["ffn"] == "dense":
-            values["factor_learning_rate"] = None  # it was that of factors, and there are none
+        values |= dict.fromkeys((*ffn_option_types(), *_SPARED))
+    elif above.get("dense_layers", values["dense_layers"]) != values["dense_layers"]:
+        values |= dict.fromkeys(_SPARED)
     return values | above
+
+
+# FFNs that are not factorised, and the rates of the others, which go with that choice.
+_SPARED = ("dense_layers", "factor_learning_rate", "ffn_learning_rate")
 
 
 def _fields_of(path: Path) -> dict[str, Any]:

@@ -328,9 +328,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rank": 16,
         "dense_layers": 1,
         "switch": 0.7,
-        "learning_rate": 1e-3,
+        "learning_rate": 1.4e-3,
         "dense_learning_rate": 1e-3,
-        "factor_learning_rate": 1.4e-3,
+        "factor_learning_rate": 3.5e-4,
+        "ffn_learning_rate": 1.25e-4,
     },
     # A minute or so a model on one core, for tables of many models (fastffn experiment tree-ladder).
     "small": {
