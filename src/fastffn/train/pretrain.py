@@ -195,9 +195,9 @@ class _Run:
         elif gain.ratio < 1.05:
             say("Too close to call: at this shape stage 1 gains nothing that could be told from noise.")
         say(
-            "Faster steps are not yet time saved: the recipes measured so far beat dense training to the same loss in "
-            "short runs, low rank with the first FFN dense by most, and in no long one (docs/two-stage.md). For long "
-            "runs, without a reason of your own, train dense: --ffn dense."
+            "Faster steps are not yet time saved: against tuned dense training low rank with the first FFN dense pays "
+            "in short runs, narrow FFNs at first (--ffn narrow) in somewhat longer ones, and no recipe measured so far "
+            "in long ones (docs/two-stage.md). For those, without a reason of your own, train dense: --ffn dense."
         )
         return gain
 
