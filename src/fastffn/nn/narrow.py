@@ -200,9 +200,12 @@ def _as_buffers(linear: nn.Linear) -> nn.Module:
 
 def _awakened(asleep: torch.Tensor, awake: torch.Tensor) -> torch.Tensor:
     """Weights into all neurons."""
-    size, wanted = (weight.detach().double().square().mean().sqrt() for weight in (asleep, awake))
+    # On the CPU: several accelerators have no float64.
+    woken, others = asleep.detach().cpu().double(), awake.detach().cpu().double()
+    size, wanted = (weight.square().mean().sqrt() for weight in (woken, others))
     # Rows of zeros have no direction to be scaled along.
-    return _joined(asleep * torch.where(size > 0, WOKEN * wanted / size, 1.0), awake)
+    woken = woken * torch.where(size > 0, WOKEN * wanted / size, 1.0)
+    return _joined(woken.to(dtype=awake.dtype, device=awake.device), awake)
 
 
 def _joined(asleep: torch.Tensor, awake: torch.Tensor) -> torch.Tensor:
