@@ -71,6 +71,11 @@ def test_options_come_from_the_registry() -> None:
             "factor_learning_rate is 0.001, but ffn is dense and there are no factors; ffn_learning_rate is",
         ),
         ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"initializer_range": 0.0}, "initializer_range is 0.0"),
+        (
+            {"initializer_range": 0.06, "init_from": "checkpoint"},
+            "initializer_range is 0.06, but the run starts from the weights of checkpoint; leave one",
+        ),
         ({"validation_fraction": 0.0}, "validation_fraction is 0.0"),
         ({"tokenizer": "train:10"}, "at least 257"),
         ({"activation": "gelo"}, "Did you mean 'gelu'"),

@@ -74,6 +74,24 @@ def test_shape_and_tokenizer_come_from_the_checkpoint(first) -> None:
     fields = start_fields(str(output / "dense"))
     assert fields["layers"] == 2 and fields["d_model"] == 16 and fields["heads"] == 2
     assert fields["tokenizer"] == str(output / "dense")
+    assert fields["initializer_range"] is None
+
+
+def test_all_stages_start_from_weights_of_one_spread(text_file, tmp_path, monkeypatch) -> None:
+    started = {}
+    train = StageTrainer.train
+
+    def look(self, *args, **kwargs):
+        started[self.stage.name] = {name: value.clone() for name, value in self.model.state_dict().items()}
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(StageTrainer, "train", look)
+    pretrain(tiny(text_file, initializer_range=0.1), tmp_path / "run")
+    for stage in ("dense", "stage1"):
+        assert abs(started[stage]["transformer.wte.weight"].std() - 0.1) < 0.005
+    assert abs(started["dense"]["transformer.h.0.mlp.c_fc.weight"].std() - 0.1) < 0.01
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "stage2")
+    assert merged.config.initializer_range == 0.1
 
 
 def test_what_cannot_be_a_start(first, text_file, tmp_path) -> None:

@@ -19,7 +19,11 @@ from fastffn.nn import FFNConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What fixes a model: `d_hidden` None means 4 d_model; `dropout` is that of embeddings, attention, residuals."""
+    """What fixes a model that starts afresh.
+
+    `d_hidden` None means 4 d_model; `dropout` is that of embeddings, attention, residuals; `initializer_range`, the
+    standard deviation of the weights it starts with, None means transformers' own.
+    """
 
     architecture: str = DEFAULT
     layers: int
@@ -30,10 +34,11 @@ class ModelShape:
     d_hidden: int | None = None
     activation: str = "gelu_pytorch_tanh"
     dropout: float = 0.0
+    initializer_range: float | None = None
 
     @classmethod
     def of_checkpoint(cls, directory: Path) -> ModelShape:
-        """The shape of the dense model in a directory.
+        """The shape of the dense model in a directory; what it once started with is not read.
 
         Raises:
             CheckpointError: there is no checkpoint, it is of no known architecture, or its FFNs are not dense.
@@ -66,6 +71,7 @@ class ModelShape:
             **{architecture.fields["d_hidden"]: self.d_hidden or 4 * self.d_model},
             **dict.fromkeys(architecture.dropouts, self.dropout),
             **dict.fromkeys(architecture.ends, end_of_text),
+            **({} if self.initializer_range is None else {"initializer_range": self.initializer_range}),
             **architecture.fixed,
         )
 

@@ -56,6 +56,9 @@ class PretrainConfig:
     sequence: int = _field(256, "tokens in a sequence")
     activation: str = _field("gelu_pytorch_tanh", "activation of the FFN (GPT-2's GELU, computed by one kernel)")
     dropout: float = _field(0.0, "dropout on embeddings, attention and residuals")
+    initializer_range: float | None = _field(
+        None, "standard deviation of the initial weights; default: transformers' own, 0.02 for both architectures"
+    )
     # Stages
     ffn: str = _field("low_rank", "kind of FFN; one that merges makes two stages, any other, or dense, one")
     ffn_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "fields of that kind"})
@@ -103,7 +106,7 @@ class PretrainConfig:
         for name in ("d_hidden", "micro_batch", "steps", "vocabulary", "evaluate_every", "log_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "must be at least 1")
-        for name in (*RATES, "epochs"):
+        for name in (*RATES, "epochs", "initializer_range"):
             value = getattr(self, name)
             _require(value is None or 0 < value < float("inf"), name, value, "must be above 0")
         for name in ("dropout", "beta1", "beta2"):
@@ -171,6 +174,11 @@ class PretrainConfig:
         if self.masked and size == SMALLEST:
             raise ConfigError(f"tokenizer is '{self.tokenizer}'; with a mask token it has {SMALLEST + 1} at least.")
         get_activation(self.activation)
+        if self.init_from is not None and self.initializer_range is not None:
+            raise ConfigError(
+                f"initializer_range is {self.initializer_range}, but the run starts from the weights of "
+                f"{self.init_from}; leave one of the two out."
+            )
         if self.ffn == "dense" and self.factor_learning_rate is not None:
             raise ConfigError(
                 f"factor_learning_rate is {self.factor_learning_rate}, but ffn is dense and there are no factors; "
@@ -205,6 +213,7 @@ class PretrainConfig:
             vocabulary=vocabulary,
             activation=self.activation,
             dropout=self.dropout,
+            initializer_range=self.initializer_range,
         )
 
     def ffn_config(self) -> FFNConfig:
@@ -310,6 +319,8 @@ def start_fields(directory: str) -> dict[str, Any]:
     """
     shape = ModelShape.of_checkpoint(Path(directory))
     fields: dict[str, Any] = {name: getattr(shape, name) for name in SHAPE_FIELDS}
+    # A preset's, for random weights.
+    fields["initializer_range"] = None
     if shape.architecture == DEFAULT:
         del fields["architecture"]
     if any((Path(directory) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
