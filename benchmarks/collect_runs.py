@@ -6,6 +6,7 @@ experiment time-to-loss` counts them, those over the FLOPs of as many dense step
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,19 @@ from fastffn.measure.machine import describe_machine
 from fastffn.train.config import PretrainConfig
 from fastffn.train.rundir import read_config
 
+PLAIN = {"dense_layers": None, "factor_learning_rate": None}
+
 
 def kept_of(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The configuration and what is kept of the finished run in a directory."""
     results = read_json(directory / "results.json")
     config = PretrainConfig.from_flat(read_config(directory / "config.yaml"))
-    price = flops_of(config, results["text"]["vocabulary"])
+    if config.restart or (config.baseline and config.ffn != "dense"):
+        raise SystemExit(f"{directory} has two models in it; collect runs with --no-baseline and without --restart.")
+    vocabulary = results["text"]["vocabulary"]
+    price = flops_of(config, vocabulary)
+    # A narrower model is judged by the whole one too.
+    whole = flops_of(dataclasses.replace(config, ffn="dense", ffn_options={}, d_hidden=None, **PLAIN), vocabulary)
     record = record_of(config, results)
     points = curve(record, price)
     spent = points[-1][0]
@@ -30,15 +38,18 @@ def kept_of(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "run": directory.name,
         "loss": record["loss"],
         "flops": spent,
-        "flops_over_dense": round(spent / (price.dense * config.steps), 4),
+        "flops_over_dense": round(spent / (whole.dense * config.steps), 4),
         "clock_seconds": record["clock_seconds"],
+        "commit": results["machine"]["commit"],
         "curve": points,
     }
     return config.to_flat(), kept
 
 
-def main(target: str, note: str, *directories: str) -> None:
+def main(target: str = "", note: str = "", *directories: str) -> None:
     """See the module."""
+    if not directories:
+        raise SystemExit(__doc__)
     found = [kept_of(Path(directory)) for directory in directories]
     first = found[0][0]
     same = {name for name in first if all(config[name] == first[name] for config, _ in found)}

@@ -64,6 +64,11 @@ def test_runs_are_what_rungs_say(text_file) -> None:
     run = run_of(config, rungs["tree-8x8-fast"], 3)
     assert (run.ffn, run.ffn_options, run.seed, run.baseline) == ("neuron_tree", {"trees": 8, "depth": 8}, 3, False)
     assert run.factor_learning_rate == pytest.approx(3 * config.learning_rate)
+    # Alike for all: what dense FFNs learn at is what trees' rates are relative to.
+    faster = dataclasses.replace(config, ffn_learning_rate=2 * config.learning_rate)
+    assert run_of(faster, rungs["dense-640"], 0).ffn_learning_rate == 2 * config.learning_rate
+    trees = [run_of(faster, rungs[name], 0) for name in ("tree-8x8", "tree-8x8-fast")]
+    assert [run.factor_learning_rate / config.learning_rate for run in trees] == pytest.approx([2, 6])
     run = run_of(config, rungs["dense-640"], 0)
     assert (run.ffn, run.d_hidden, run.factor_learning_rate) == ("dense", 640, None)
     repaired = run_of(config, rungs["tree-4x8+36-repaired"], 0).ffn_config()

@@ -31,7 +31,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(data, text_file, tmp_path_factory):
     output = tmp_path_factory.mktemp("wikitext-2") / "runs"
-    config = tiny(text_file, seed=3)
+    config = tiny(text_file, seed=3, initializer_range=0.05)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTFFN_DATA_DIR", str(data))
         return config, output, wikitext2_table(config, output, seeds=2, tuning=TUNING)
@@ -54,6 +54,8 @@ def test_rows_are_what_they_say(made, data) -> None:
             run = base / f"tuned-{name.replace(', ', '-').replace(' ', '-')}"
             kept = json.loads((run / "results.json").read_text())
             assert kept["config"]["init_from"] == (start and str(start))
+            # Weights of a checkpoint have the spread they have.
+            assert kept["config"]["initializer_range"] == (0.05 if start is None else None)
             assert kept["config"]["seed"] == seed
             assert kept["config"]["data"] == str(data / "wikitext-2" / "train.txt.xz")
             assert kept["config"]["validation"] == str(data / "wikitext-2" / "valid.txt.xz")

@@ -36,6 +36,7 @@ def results() -> dict:
             "start": None,
             "learning_rate": 0.1,
             "dense_learning_rate": None,
+            "baseline": True,
             "seed": 0,
             "data": "text",
             "init_from": None,
@@ -90,11 +91,13 @@ def test_it_names_every_learning_rate(results, tmp_path) -> None:
         write_report(tmp_path, results | {"config": results["config"] | changes})
         return (tmp_path / "report.md").read_text()
 
-    assert "rank 2, peak learning rate 0.1, dense 0.1; seed" in said()
+    assert "rank 2, peak learning rate 0.1, dense run 0.1; seed" in said()
     rates = {"factor_learning_rate": 0.2, "dense_learning_rate": 0.3, "ffn_learning_rate": 0.4}
-    assert "rank 2, peak learning rate 0.1, factors 0.2, dense 0.3, its FFNs 0.4; seed" in said(**rates)
-    assert "dense 0.3, its FFNs after the first 1 0.4; seed" in said(**rates, dense_layers=1)
-    assert "; peak learning rate 0.1, its FFNs 0.4; seed" in said(ffn="dense", ffn_learning_rate=0.4)
+    assert "rate 0.1, factors 0.2, dense run 0.3, dense and merged FFNs 0.4; seed" in said(**rates)
+    both = "dense run 0.3, first 1 FFNs dense, other dense and merged FFNs 0.4; seed"
+    assert both in said(**rates, dense_layers=1)
+    assert "rate 0.1, factors 0.2, dense and merged FFNs 0.4; seed" in said(**rates, baseline=False)
+    assert "; peak learning rate 0.1, dense and merged FFNs 0.4; seed" in said(ffn="dense", ffn_learning_rate=0.4)
 
 
 def test_files(results, tmp_path) -> None:

@@ -94,8 +94,10 @@ def tree_ladder(
 def run_of(config: PretrainConfig, rung: Rung, seed: int) -> PretrainConfig:
     """The run that trains a rung."""
     changes = dict(rung.changes)
-    if rung.trees_rate != 1:
-        changes["factor_learning_rate"] = rung.trees_rate * config.learning_rate
+    if rung.ffn != "dense":
+        # Over the rate that dense rungs' FFNs have.
+        rate = rung.trees_rate * (config.ffn_learning_rate or config.learning_rate)
+        changes |= {"factor_learning_rate": None if rate == config.learning_rate else rate, "ffn_learning_rate": None}
     return dataclasses.replace(config, ffn=rung.ffn, ffn_options=rung.options, baseline=False, seed=seed, **changes)
 
 

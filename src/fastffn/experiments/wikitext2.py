@@ -92,7 +92,8 @@ def wikitext2_table(
     tuning = tuning or Tuning()
     text = wikitext_2()
     # What is wrong with the fine-tuning shall not show itself after hours of pre-training.
-    _tuned(config, tuning, config.seed, None, output, text)
+    for start in (None, output):
+        _tuned(config, tuning, config.seed, start, output, text)
     on_main(lambda: [find_text(where["data"], split=where["split"]) for where in text.values()] and None)
     rows: dict[str, Any] = {name: {"loss": [], "word_perplexity": [], "seconds": [], "steps": []} for name in ROWS}
     for seed in range(config.seed, config.seed + seeds):
@@ -154,6 +155,7 @@ def _tuned(
         document_separator=None,
         tokenizer=str(base / "pretrained" / "tokenizer"),
         init_from=None if start is None else str(start),
+        initializer_range=config.initializer_range if start is None else None,
         steps=tuning.steps,
         epochs=None,
         learning_rate=tuning.learning_rate,

@@ -186,11 +186,14 @@ def _write(output: Path, results: dict[str, Any], summary: list[str], end: list[
             + "".join(f"{name} {value}, " for name, value in chosen.items())
             + f"peak learning rate {config['learning_rate']:g}, "
             + (f"factors {config['factor_learning_rate']:g}, " if config.get("factor_learning_rate") else "")
-            + f"dense {dense_rate}"
-        )
+            + (f"dense run {dense_rate}" if config["baseline"] else "")
+        ).removesuffix(", ")
+    if config.get("dense_layers"):
+        rates += f", first {config['dense_layers']} FFNs dense"
     if config.get("ffn_learning_rate"):
-        first = config.get("dense_layers")
-        rates += f", its FFNs{f' after the first {first}' if first else ''} {config['ffn_learning_rate']:g}"
+        rates += (
+            f", {'other ' if config.get('dense_layers') else ''}dense and merged FFNs {config['ffn_learning_rate']:g}"
+        )
     start = f" From {config['init_from']}." if config["init_from"] else ""
     waiting = max((record.get("waiting_share", 0.0) for record in results["stages"].values()), default=0.0)
     lines = [
