@@ -31,7 +31,7 @@ def test_merging_wakes_and_changes_nothing() -> None:
     torch.testing.assert_close(merged(x), ffn(x))
     assert merged.up.weight.shape == (20, 6)
     assert torch.equal(merged.up.weight[:3], ffn.up.weight)
-    assert torch.equal(merged.up.bias[3:], ffn.asleep.up.bias)
+    torch.testing.assert_close(merged.up.bias[:3], ffn.up.bias)
     assert not merged.down.weight[:, 3:].any()
     merged(x).square().sum().backward()
     # What was asleep begins to learn: first the way out.
@@ -53,6 +53,26 @@ def test_the_woken_read_with_weights_twice_as_large_as_the_others(gated: bool) -
     with torch.no_grad():
         ffn.asleep.up.weight.zero_()
     assert not ffn.merge().up.weight[3:].any()
+
+
+def test_the_woken_respond_to_what_they_did() -> None:
+    """Weights and biases grow alike; those that are large already, or have nothing to be measured by, stay."""
+    ffn = build(NarrowConfig(d_model=6, d_hidden=20, width=3))
+    with torch.no_grad():
+        ffn.asleep.up.bias.uniform_(-1, 1)
+        ffn.up.weight.mul_(50)
+    merged, x = ffn.merge(), torch.randn(5, 6)
+    growth = (merged.up.weight[3:] / ffn.asleep.up.weight).mean()
+    before = x @ ffn.asleep.up.weight.T + ffn.asleep.up.bias
+    assert growth > 10
+    torch.testing.assert_close(merged.up(x)[:, 3:], growth * before, rtol=1e-4, atol=1e-4)
+    for scale in (1e-3, 0.0):
+        with torch.no_grad():
+            ffn.up.weight.mul_(scale)
+        merged = ffn.merge()
+        assert torch.equal(merged.up.weight[3:], ffn.asleep.up.weight)
+        assert torch.equal(merged.up.bias[3:], ffn.asleep.up.bias)
+    assert ffn.to("meta").merge().up.weight.is_meta
 
 
 def test_dense_with_the_rest_silenced() -> None:

@@ -1,9 +1,10 @@
-"""The `narrow` kind: a dense FFN most of whose neurons sleep. Merging wakes them, and changes nothing else.
+"""The `narrow` kind: a dense FFN most of whose neurons sleep. Merging wakes them; the function stays the same.
 
 A first stage that is cheap because the FFN is small: every neuron that is awake reads and writes all of the residual
 stream, which factors of low rank do not, and one awake is next to no FFN at all. Neurons asleep keep the weights into
 them that they started with. Once awake they contribute nothing until the weights out of them, zero, have learnt; for
-that they read with weights twice as large as those of the others have become (docs/two-stage.md: what it is worth).
+that they respond more: the weights into them grow to twice the size of the others', and biases with them
+(docs/two-stage.md: what it is worth).
 
 With `drop` nobody sleeps: the other neurons are gone (structured pruning), and what is left is a smaller dense FFN.
 """
@@ -148,7 +149,8 @@ class NarrowFFN(LinearMapFFN[NarrowConfig]):
     def merged_tensors(cls, config: NarrowConfig) -> dict[str, MergedTensor]:
         """The neurons asleep come after those awake, with weights of zero out of them; dropped ones are all zeros.
 
-        Weights into the neurons asleep are scaled to `WOKEN` times the root mean square of those awake.
+        Weights into the neurons asleep are enlarged to `WOKEN` times the root mean square of those awake, and biases
+        with them: what makes a neuron respond stays what it was.
         """
         into = [name for name in config.linear_maps() if name != "down"]
         parts = ("weight", "bias") if config.bias else ("weight",)
@@ -161,9 +163,10 @@ class NarrowFFN(LinearMapFFN[NarrowConfig]):
         else:
             recipe = {"down.weight": MergedTensor(("down.weight", "asleep.up.weight"), _silent)}
             for name in into:
-                recipe[f"{name}.weight"] = MergedTensor((f"asleep.{name}.weight", f"{name}.weight"), _awakened)
-                if config.bias:
-                    recipe[f"{name}.bias"] = MergedTensor((f"asleep.{name}.bias", f"{name}.bias"), _joined)
+                weights = (f"asleep.{name}.weight", f"{name}.weight")
+                for part in parts:
+                    tensors = (f"asleep.{name}.{part}", f"{name}.{part}")
+                    recipe[f"{name}.{part}"] = MergedTensor((*tensors, *weights), _awakened)
         if config.bias:
             recipe["down.bias"] = MergedTensor(("down.bias",))
         return recipe
@@ -198,19 +201,18 @@ def _as_buffers(linear: nn.Linear) -> nn.Module:
     return holder
 
 
-def _awakened(asleep: torch.Tensor, awake: torch.Tensor) -> torch.Tensor:
-    """Weights into all neurons."""
-    # On the CPU: several accelerators have no float64.
-    woken, others = asleep.detach().cpu().double(), awake.detach().cpu().double()
-    size, wanted = (weight.square().mean().sqrt() for weight in (woken, others))
-    # Rows of zeros have no direction to be scaled along.
-    woken = woken * torch.where(size > 0, WOKEN * wanted / size, 1.0)
-    return _joined(woken.to(dtype=awake.dtype, device=awake.device), awake)
-
-
-def _joined(asleep: torch.Tensor, awake: torch.Tensor) -> torch.Tensor:
-    """Those of all neurons, those awake first."""
-    return torch.cat((awake.detach(), asleep.detach()))
+def _awakened(
+    asleep: torch.Tensor, awake: torch.Tensor, asleep_weight: torch.Tensor, awake_weight: torch.Tensor
+) -> torch.Tensor:
+    """Weights into all neurons, or their biases, those awake first."""
+    woken = asleep.detach()
+    if not woken.is_meta:
+        # On the CPU: several accelerators have no float64.
+        size, wanted = (w.detach().cpu().double().square().mean().sqrt() for w in (asleep_weight, awake_weight))
+        # Rows of zeros have no direction to be scaled along, and beside such rows no size is right.
+        scale = torch.where((size > 0) & (wanted > 0), WOKEN * wanted / size, 1.0).clamp(min=1.0)
+        woken = (woken.cpu().double() * scale).to(dtype=awake.dtype, device=awake.device)
+    return torch.cat((awake.detach(), woken))
 
 
 def _silent(down: torch.Tensor, asleep: torch.Tensor) -> torch.Tensor:
