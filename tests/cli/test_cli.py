@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from fastffn.cli.main import COMMANDS, cli
 from fastffn.errors import FastFFNError
 from fastffn.ops import OPS
-from fastffn.train.config import PRESETS
+from fastffn.train.config import PRESETS, RATES, PretrainConfig
+from fastffn.train.plan import plan_stages
 
 TINY = [
     *("--switch", "0.6"),
@@ -220,6 +221,11 @@ def printed(*arguments: str) -> dict:
     return yaml.safe_load(result.output)
 
 
+def rates(*arguments: str) -> list[float | None]:
+    values = printed(*arguments)
+    return [values[name] for name in RATES]
+
+
 def test_preset_then_file_then_flags(tmp_path) -> None:
     path = tmp_path / "config.yaml"
     # YAML 1.1 reads 1e-3 as a word; the field's type decides.
@@ -237,13 +243,9 @@ def test_one_length_replaces_the_other(tmp_path) -> None:
 
 
 def test_a_learning_rate_is_for_all() -> None:
-    names = ("learning_rate", "dense_learning_rate", "factor_learning_rate", "ffn_learning_rate")
-    values = printed()
-    assert [values[name] for name in names] == [1.4e-3, 1e-3, 3.5e-4, 1.25e-4]
-    values = printed("--learning-rate", "3e-4", "--factor-learning-rate", "5e-4")
-    assert [values[name] for name in names] == [3e-4, None, 5e-4, None]
-    values = printed("--learning-rate", "3e-4", "--ffn-learning-rate", "6e-4")
-    assert [values[name] for name in names] == [3e-4, None, None, 6e-4]
+    assert rates() == [1.4e-3, 1e-3, 3.5e-4, 1.25e-4]
+    assert rates("--learning-rate", "3e-4", "--factor-learning-rate", "5e-4") == [3e-4, None, 5e-4, None]
+    assert rates("--learning-rate", "3e-4", "--ffn-learning-rate", "6e-4") == [3e-4, None, None, 6e-4]
 
 
 def test_files_put_aside_what_contradicts_them_as_flags_do(tmp_path) -> None:
@@ -266,20 +268,47 @@ def test_another_kind_does_not_have_the_presets_options() -> None:
     # Without stages there are none for the schedule to span.
     values = printed("--preset", "seed", "--data", "x", "--ffn", "dense", "--no-restart", "--decay", "0.9")
     assert (values["ffn"], values["rank"], values["schedule"], values["decay"]) == ("dense", None, "cosine", 0.9)
-    # The demo's rate for factors is not meant for dense FFNs.
-    assert printed("--ffn", "dense")["factor_learning_rate"] is None
-    assert printed("--ffn", "dense", "--ffn-learning-rate", "2e-3")["ffn_learning_rate"] == 2e-3
-    assert printed("--ffn", "block")["factor_learning_rate"] is None
     # Nor is the first FFN, which factors spare, for other kinds.
     assert printed()["dense_layers"] == 1 and printed("--ffn", "neuron_tree")["dense_layers"] is None
     assert printed("--ffn", "block", "--dense-layers", "2")["dense_layers"] == 2
     assert printed("--layers", "1")["dense_layers"] is None and printed("--layers", "2")["dense_layers"] == 1
-    # Without it, the rates of the others would be those of all.
-    rates = ("factor_learning_rate", "ffn_learning_rate")
-    for flags in (["--dense-layers", "0"], ["--layers", "1"], ["--ffn", "block"]):
-        assert [printed(*flags)[name] for name in rates] == [None, None]
-    assert [printed("--dense-layers", "0", "--ffn-learning-rate", "2e-3")[name] for name in rates] == [None, 2e-3]
-    assert None not in [printed("--dense-layers", "1", "--rank", "8")[name] for name in rates]
+
+
+def test_a_presets_rates_are_for_its_choice_of_ffns() -> None:
+    # Without the FFN that is spared all parts learn as dense ones do, on both sides.
+    for flags in (["--dense-layers", "0"], ["--layers", "1"], ["--ffn", "block"], ["--dense-layers", "2"]):
+        assert rates(*flags) == [1e-3, 1e-3, None, None]
+    assert rates("--dense-layers", "0", "--ffn-learning-rate", "2e-3") == [1e-3, 1e-3, None, 2e-3]
+    assert rates("--ffn", "block", "--learning-rate", "3e-3") == [3e-3, None, None, None]
+    assert rates("--dense-layers", "1", "--rank", "8") == rates()
+    assert rates("--preset", "gpt2-small", "--dense-layers", "0") == rates("--preset", "gpt2-small")
+
+
+def test_dense_by_itself_is_the_run_that_stands_beside_two_stages() -> None:
+    both, alone = (PretrainConfig.from_flat(printed(*flags)) for flags in ([], ["--ffn", "dense"]))
+    assert alone.ffn == "dense" and plan_stages(alone, 50) == {"dense": plan_stages(both, 50)["dense"]}
+    assert alone.ffn_learning_rate and alone.dense_layers
+    assert printed("--ffn", "dense", "--ffn-learning-rate", "2e-3")["ffn_learning_rate"] == 2e-3
+    # All FFNs alike.
+    alike = PretrainConfig.from_flat(printed("--ffn", "dense", "--dense-layers", "0"))
+    (stage,) = plan_stages(alike, 50).values()
+    assert stage.learning_rate == stage.switched_learning_rate == 1e-3
+    assert printed("--ffn", "dense", "--layers", "1")["ffn_learning_rate"] is None
+
+
+def test_rates_in_a_file_are_kept(tmp_path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("factor_learning_rate: 2.0e-3\nffn_learning_rate: 4.0e-3\n")
+    file = ["--config", str(path)]
+    assert rates(*file, "--dense-layers", "0") == [1e-3, 1e-3, 2e-3, 4e-3]
+    assert rates(*file, "--ffn", "narrow") == [1e-3, 1e-3, 2e-3, 4e-3]
+    # Dense FFNs have no factors.
+    assert rates(*file, "--ffn", "dense") == [1.4e-3, 1e-3, None, 4e-3]
+    assert rates(*file, "--learning-rate", "5e-4") == [5e-4, None, None, None]
+    path.write_text("ffn: narrow\nlearning_rate: 5.0e-3\nfactor_learning_rate: 2.0e-3\n")
+    assert rates(*file) == [5e-3, None, 2e-3, None]
+    path.write_text(CliRunner().invoke(cli, ["pretrain", "--print-config"]).output)
+    assert rates(*file) == rates() and rates(*file, "--dense-layers", "0") == rates()
 
 
 BAD = [

@@ -37,36 +37,51 @@ def run_config(ctx: click.Context, preset: str, config_file: Path | None, flags:
     """
     chosen = {name: value for name, value in flags.items() if value is not None}
     written = _typed(ctx, _fields_of(config_file), config_file) if config_file is not None else {}
-    values = _over(_over(get_preset(preset), written), chosen)
+    given = {name for name, value in (written | chosen).items() if value is not None}
+    values = _over(_over(get_preset(preset), written, given), chosen, given)
     if values.get("init_from"):
         found = start_fields(values["init_from"])
         values |= {name: value for name, value in found.items() if name not in chosen and name not in written}
-    # A preset's, which a model of one layer does not have to spare.
-    if values["layers"] == 1 and "dense_layers" not in {*chosen, *written}:
-        values |= {name: None for name in _SPARED if name not in chosen and name not in written}
     return PretrainConfig.from_flat(values)
 
 
-def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Fields `below`, replaced by those `above`, which also put aside what would contradict them."""
+def _over(below: dict[str, Any], above: dict[str, Any], given: set[str]) -> dict[str, Any]:
+    """Fields `below`, replaced by those `above`, which also put aside what would contradict them.
+
+    Args:
+        below: all fields.
+        above: some of them.
+        given: names of those that the user set anywhere, a preset's own being the others.
+    """
     values = dict(below)
     # Naming one of the two lengths replaces the other.
-    for given, other in (("steps", "epochs"), ("epochs", "steps")):
-        if above.get(given) is not None:
+    for length, other in (("steps", "epochs"), ("epochs", "steps")):
+        if above.get(length) is not None:
             values[other] = None
     # A learning rate is that of all parts of the model, unless those are named too.
     if "learning_rate" in above:
         values |= dict.fromkeys(RATES)
-    # Another kind does not have this one's options, nor FFNs that it spares.
-    if above.get("ffn", values["ffn"]) != values["ffn"]:
-        values |= dict.fromkeys((*ffn_option_types(), *_SPARED))
-    elif above.get("dense_layers", values["dense_layers"]) != values["dense_layers"]:
-        values |= dict.fromkeys(_SPARED)
+    new = values | above
+    # Another kind does not have this one's options.
+    if new["ffn"] != values["ffn"]:
+        values |= dict.fromkeys(ffn_option_types())
+    if new["ffn"] == "dense":
+        # The run that stands beside two stages, by itself.
+        values["factor_learning_rate"] = None
+    if (new["ffn"] != values["ffn"] and new["ffn"] != "dense") or _spared(new) != _spared(values):
+        # A preset's rates go with its FFNs that are never factorised, which go with its kind.
+        values |= {name: None for name in _CHOSEN_TOGETHER if name not in given}
+        if "learning_rate" not in given:
+            values["learning_rate"] = values["dense_learning_rate"] or values["learning_rate"]
     return values | above
 
 
-# FFNs that are not factorised, and the rates of the others, which go with that choice.
-_SPARED = ("dense_layers", "factor_learning_rate", "ffn_learning_rate")
+_CHOSEN_TOGETHER = ("dense_layers", "factor_learning_rate", "ffn_learning_rate")
+
+
+def _spared(values: dict[str, Any]) -> int:
+    """FFNs that are never factorised; a model of one layer has none to spare."""
+    return 0 if values["layers"] == 1 else values["dense_layers"] or 0
 
 
 def _fields_of(path: Path) -> dict[str, Any]:
