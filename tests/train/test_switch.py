@@ -17,7 +17,8 @@ from tests.train.test_pretrain import tiny
 
 @pytest.fixture(scope="module")
 def run(text_file, tmp_path_factory) -> _Run:
-    return _Run(tiny(text_file, dense_warmup=0.25, factor_learning_rate=7e-3), tmp_path_factory.mktemp("run"))
+    rates = {"factor_learning_rate": 7e-3, "ffn_learning_rate": 5e-3}
+    return _Run(tiny(text_file, dense_warmup=0.25, **rates), tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +75,13 @@ def test_factors_start_afresh_too(switched) -> None:
 
 
 def test_hyperparameters_are_those_of_the_next_stage(switched) -> None:
-    _, _, middle, merged, _ = switched
-    groups = [torch.load(c / "optimizer.pt", weights_only=True)["param_groups"] for c in (middle, merged)]
-    assert groups[0][SWITCHED]["weight_decay"] == 0.0  # Frobenius decay
-    assert groups[1][SWITCHED]["weight_decay"] == 0.1
-    assert groups[0][SWITCHED]["initial_lr"] == 7e-3
-    assert groups[1][SWITCHED]["initial_lr"] == groups[1][0]["initial_lr"] == 3e-3
+    before, start, middle, merged, _ = switched
+    places = (before, start, middle, merged)
+    groups = [torch.load(place / "optimizer.pt", weights_only=True)["param_groups"] for place in places]
+    # Frobenius decay has that of the factors.
+    assert [of[SWITCHED]["weight_decay"] for of in groups] == [0.1, 0.0, 0.0, 0.1]
+    assert [of[SWITCHED]["initial_lr"] for of in groups] == [5e-3, 7e-3, 7e-3, 5e-3]
+    assert {of[group]["initial_lr"] for of in groups for group in (0, 1)} == {3e-3}
 
 
 def test_the_schedule_goes_on_and_merged_tensors_rewarm(run, switched) -> None:
@@ -99,7 +101,7 @@ def test_the_schedule_goes_on_and_merged_tensors_rewarm(run, switched) -> None:
     base = [3e-3] * 2 + [3e-3 * (1 - i / 6) for i in range(6)]
     assert [r[0] for r in rates] == pytest.approx(base)
     ramp = [min(1.0, (i + 1) / 4) for i in range(8)]
-    assert [r[SWITCHED] for r in rates] == pytest.approx([b * f for b, f in zip(base, ramp, strict=True)])
+    assert [r[SWITCHED] for r in rates] == pytest.approx([5 / 3 * b * f for b, f in zip(base, ramp, strict=True)])
 
 
 def test_the_merged_model_is_the_factorised_one(switched) -> None:
