@@ -57,7 +57,8 @@ class PretrainConfig:
     activation: str = _field("gelu_pytorch_tanh", "activation of the FFN (GPT-2's GELU, computed by one kernel)")
     dropout: float = _field(0.0, "dropout on embeddings, attention and residuals")
     initializer_range: float | None = _field(
-        None, "standard deviation of the initial weights; default: transformers' own, 0.02 for both architectures"
+        None,
+        "standard deviation of the initial weights; default: transformers' own, 0.02, which is small for narrow models",
     )
     # Stages
     ffn: str = _field("low_rank", "kind of FFN; one that merges makes two stages, any other, or dense, one")
