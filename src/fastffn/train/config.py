@@ -58,7 +58,7 @@ class PretrainConfig:
     dropout: float = _field(0.0, "dropout on embeddings, attention and residuals")
     initializer_range: float | None = _field(
         None,
-        "standard deviation of the initial weights; default: transformers' own, 0.02, which is small for narrow models",
+        "standard deviation of the initial weights; default: transformers' own, 0.02, small for a narrow GPT-2",
     )
     # Stages
     ffn: str = _field("low_rank", "kind of FFN; one that merges makes two stages, any other, or dense, one")
