@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from fastffn.convert.files import read_json, write_json
+from fastffn.convert.fresh import step_bound
 from fastffn.experiments.run_cost import curve, flops_of, record_of
 from fastffn.measure.machine import describe_machine
+from fastffn.nn import DenseConfig
 from fastffn.train.config import PretrainConfig
 from fastffn.train.rundir import read_config
-
-PLAIN = {"dense_layers": None, "factor_learning_rate": None}
 
 
 def kept_of(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -29,7 +29,8 @@ def kept_of(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     vocabulary = results["text"]["vocabulary"]
     price = flops_of(config, vocabulary)
     # A narrower model is judged by the whole one too.
-    whole = flops_of(dataclasses.replace(config, ffn="dense", ffn_options={}, d_hidden=None, **PLAIN), vocabulary)
+    whole = dataclasses.replace(config.shape(vocabulary), d_hidden=None)
+    dense = step_bound(whole, DenseConfig()).dense * config.batch
     record = record_of(config, results)
     points = curve(record, price)
     spent = points[-1][0]
@@ -38,7 +39,7 @@ def kept_of(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "run": directory.name,
         "loss": record["loss"],
         "flops": spent,
-        "flops_over_dense": round(spent / (whole.dense * config.steps), 4),
+        "flops_over_dense": round(spent / (dense * config.steps), 4),
         "clock_seconds": record["clock_seconds"],
         "commit": results["machine"]["commit"],
         "curve": points,

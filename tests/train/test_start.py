@@ -40,18 +40,24 @@ def test_it_is_the_baseline_of_a_two_stage_run(first, text_file, tmp_path) -> No
     assert beside["stages"]["dense"]["validation_loss"] == first[1]["stages"]["dense"]["validation_loss"]
 
 
-def test_a_run_goes_on_from_a_checkpoint_on_other_text(first, tmp_path, monkeypatch) -> None:
-    output, _ = first
-    other = tmp_path / "other.txt"
-    other.write_text("no machine forgets the long road.\n" * 1000)
-    started = {}
+@pytest.fixture
+def started(monkeypatch) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights that each stage of the runs to come starts from, by its name."""
+    weights = {}
     train = StageTrainer.train
 
     def look(self, *args, **kwargs):
-        started[self.stage.name] = {name: value.clone() for name, value in self.model.state_dict().items()}
+        weights[self.stage.name] = {name: value.clone() for name, value in self.model.state_dict().items()}
         return train(self, *args, **kwargs)
 
     monkeypatch.setattr(StageTrainer, "train", look)
+    return weights
+
+
+def test_a_run_goes_on_from_a_checkpoint_on_other_text(first, tmp_path, started) -> None:
+    output, _ = first
+    other = tmp_path / "other.txt"
+    other.write_text("no machine forgets the long road.\n" * 1000)
     config = tiny(other, init_from=str(output / "dense"), tokenizer=str(output / "dense"), dropout=0.1)
     results = pretrain(config, tmp_path / "run")
     before = AutoModelForCausalLM.from_pretrained(output / "dense").state_dict()
@@ -77,15 +83,7 @@ def test_shape_and_tokenizer_come_from_the_checkpoint(first) -> None:
     assert fields["initializer_range"] is None
 
 
-def test_all_stages_start_from_weights_of_one_spread(text_file, tmp_path, monkeypatch) -> None:
-    started = {}
-    train = StageTrainer.train
-
-    def look(self, *args, **kwargs):
-        started[self.stage.name] = {name: value.clone() for name, value in self.model.state_dict().items()}
-        return train(self, *args, **kwargs)
-
-    monkeypatch.setattr(StageTrainer, "train", look)
+def test_all_stages_start_from_weights_of_one_spread(text_file, tmp_path, started) -> None:
     pretrain(tiny(text_file, initializer_range=0.1), tmp_path / "run")
     for stage in ("dense", "stage1"):
         assert abs(started[stage]["transformer.wte.weight"].std() - 0.1) < 0.005
