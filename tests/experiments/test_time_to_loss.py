@@ -39,6 +39,23 @@ def test_models_of_masked_tokens_have_no_perplexity_of_text(text_file, tmp_path,
     assert result["screen"]["narrow"]["flops"] < result["screen"]["dense"]["flops"]
 
 
+def test_smaller_models_are_trained_for_as_many_flops(text_file, tmp_path) -> None:
+    config, output = tiny(text_file), tmp_path / "runs"
+    chosen = {"names": ("half-stays-2x",), "rates": (4e-3,), "lengths": (0.5,), "seeds": 0, "timing": False}
+    screen = time_to_loss(config, output, **chosen)["screen"]
+    steps = {
+        name: sorted(cell["steps"] for cell in cells(output).values() if cell["recipe"] == name) for name in screen
+    }
+    assert steps["dense"] == [6, 12]
+    assert steps["half-stays-2x"][:2] == [6, 12] and len(steps["half-stays-2x"]) == 3
+    full = screen["dense"]["flops"]
+    longest, _ = screen["half-stays-2x"]["frontier"][-1]
+    a_step = screen["half-stays-2x"]["flops"] / 12
+    assert abs(longest - full) <= a_step / 2
+    assert all({"ratio", "beyond"} == set(row["any_width"]) for row in screen.values())
+    assert "the model is too large for this budget" in (output / "table.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "wikitext-2"
@@ -184,6 +201,32 @@ def test_a_recipe_against_dense_training_of_the_same_loss() -> None:
     assert (rows["best"]["ratio"], rows["best"]["beyond"]) == (0.8, "<")
     assert rows["dense"]["ratio"] == 1
     assert rows["dense"]["frontier"] == [[500, 5.0], [1000, 4.0]]
+
+
+def test_against_models_that_stay_smaller() -> None:
+    """At 1,000 the dense run is at 4.0; a smaller one, at 6 a step, is there at 480 and at 3.8 at 960."""
+    prices = PRICES | {"dense-small": Price(6.0, 6.0, 0.0, 0.0)}
+    small = [run("dense-small", 160, 3.8), run("dense-small", 80, 4.0), run("dense-small", 100, 3.9)]
+    sweep = {
+        "dense": {"note": "", "dense": True, "runs": [DENSE[1]]},
+        "dense-small": {"note": "", "dense": False, "runs": [small[2]]},
+        "good": {"note": "", "dense": False, "runs": [run("good", 100, 4.0)]},
+        "bad": {"note": "", "dense": False, "runs": [run("bad", 100, 4.5)]},
+        "best": {"note": "", "dense": False, "runs": [run("best", 100, 3.7)]},
+    }
+    rows = screened(sweep, DENSE, prices, [small])
+    assert {name: (row["any_width"]["beyond"], row["any_width"]["ratio"]) for name, row in rows.items()} == {
+        "dense": ("", pytest.approx(1000 / 480)),
+        "dense-small": ("", 1.0),
+        "good": ("", pytest.approx(800 / 480)),
+        "bad": (">", pytest.approx(800 / 480)),
+        "best": ("<", 0.8),
+    }
+    assert rows["good"]["ratio"] == 0.8  # against the same model
+    assert rows["dense-small"]["frontier"] == [[480, 4.0], [600, 3.9], [960, 3.8]]
+    table = screen_table({"screen": rows, "rates": [1e-3]})
+    assert table.splitlines()[0].split("|")[-2].strip() == "any width"
+    assert table.splitlines()[-2].split("|")[-2].strip() == "> 1.667"
 
 
 def test_paired_seeds() -> None:

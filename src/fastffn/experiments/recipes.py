@@ -40,6 +40,11 @@ class Recipe:
         """Whether it trains the whole model in one stage."""
         return self.ffn == "dense" and self.width is None
 
+    @property
+    def smaller(self) -> bool:
+        """Whether it trains a smaller dense model in one stage."""
+        return self.ffn == "dense" and self.width is not None
+
     def run(self, config: PretrainConfig, *, steps: int, rate: float, seed: int) -> PretrainConfig:
         """The run of so many steps at the peak learning rate `rate`."""
         options, changes = dict(self.options), dict(self.changes)

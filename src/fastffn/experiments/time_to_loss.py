@@ -6,7 +6,8 @@ cost of its shortest run that reaches the target. The protocol, in this order:
 
 1. Sweep, on one seed: dense training and every recipe at each learning rate of one grid, at full length.
 2. The dense frontier, on that seed: the best dense training at shorter lengths. A recipe's loss then has an equal: the
-   cost at which dense training reaches it.
+   cost at which dense training reaches it. Likewise for models that are smaller from beginning to end: where one of
+   them is the cheaper way to that loss, the model is too large for its budget, and no first stage is needed.
 3. Confirmation: dense training and the best recipes, each at its best rate, on seeds that the sweep has not seen. A
    recipe is trained at several lengths and compared with dense training of full length, seed by seed.
 
@@ -28,7 +29,7 @@ from fastffn.evaluate.perplexity import evaluate_perplexity
 from fastffn.experiments.cells import Cells, opened, together
 from fastffn.experiments.recipes import Recipe, recipes
 from fastffn.experiments.run_cost import Price, flops_of, record_of, seconds_of
-from fastffn.experiments.time_to_loss_figures import compared, screened, tuned_dense
+from fastffn.experiments.time_to_loss_figures import best_rate, compared, screened, tuned_dense
 from fastffn.experiments.time_to_loss_report import plot, report
 from fastffn.experiments.wikitext2 import wikitext_2
 from fastffn.measure.machine import describe_machine
@@ -91,7 +92,13 @@ def time_to_loss(
         flops = {name: flops_of(run, vocabulary) for name, run in one_of_each.items()}
         sweep = runs.sweep(chosen, sorted(rates))
         dense, rate = tuned_dense(sweep)
-        screen = screened(sweep, runs.frontier(known[dense], rate), flops)
+        # As far as the FLOPs of the dense run of full length go.
+        smaller = [
+            runs.frontier(known[name], best_rate(row), flops[dense].dense / flops[name].dense)
+            for name, row in sweep.items()
+            if known[name].smaller
+        ]
+        screen = screened(sweep, runs.frontier(known[dense], rate), flops, smaller)
         seconds, confirmed = None, None
         if timing:
             name = together("step-seconds", one_of_each)
@@ -184,9 +191,10 @@ class _Runs:
             for recipe in order
         }
 
-    def frontier(self, recipe: Recipe, rate: float) -> list[dict[str, Any]]:
-        """Runs of every length on the sweep's seed."""
-        return [self.trained(recipe, length, rate, self.config.seed) for length in self.lengths]
+    def frontier(self, recipe: Recipe, rate: float, longest: float = 1.0) -> list[dict[str, Any]]:
+        """Runs of every length on the sweep's seed; the longest may be longer than the others' full length."""
+        lengths = sorted({*self.lengths, longest})
+        return [self.trained(recipe, length, rate, self.config.seed) for length in lengths]
 
     def paired(
         self, best: list[Recipe], dense: Recipe, screen: dict[str, Any], seeds: int

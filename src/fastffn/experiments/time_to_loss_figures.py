@@ -17,13 +17,21 @@ def tuned_dense(sweep: Mapping[str, Any]) -> tuple[str, float]:
     return best["recipe"], best["rate"]
 
 
+def best_rate(row: Mapping[str, Any]) -> float:
+    """That of the run with the lowest loss."""
+    return float(min(row["runs"], key=lambda run: run["loss"])["rate"])
+
+
 def cost(run: dict[str, Any], prices: Mapping[str, Price]) -> float:
     """Of the whole run."""
     return curve(run, prices[run["recipe"]])[-1][0]
 
 
 def screened(
-    sweep: Mapping[str, Any], frontier: Sequence[dict[str, Any]], flops: Mapping[str, Price]
+    sweep: Mapping[str, Any],
+    frontier: Sequence[dict[str, Any]],
+    flops: Mapping[str, Price],
+    smaller: Sequence[Sequence[dict[str, Any]]] = (),
 ) -> dict[str, Any]:
     """One seed: each recipe at its best rate, against dense training that ends at the same loss.
 
@@ -31,12 +39,15 @@ def screened(
         sweep: for each recipe its runs at all rates.
         frontier: runs of the tuned dense recipe, of growing length.
         flops: prices, by recipe.
+        smaller: frontiers of models that are smaller from beginning to end.
 
     Returns:
         For each recipe `ratio`: its FLOPs over those at which the dense frontier reaches its loss; `beyond`: whether
-        that is only a bound, because the loss lies below (`<`) or above (`>`) all of the frontier's.
+        that is only a bound, because the loss lies below (`<`) or above (`>`) all of the frontier's. Where there are
+        smaller models, `any_width` is both against the cheapest of them and the dense one.
     """
-    points = sorted((cost(run, flops), run["loss"]) for run in frontier)
+    points = _points(frontier, flops)
+    widths = [points, *(_points(runs, flops) for runs in smaller)]
     full = points[-1][0]
     rows: dict[str, Any] = {}
     for name, row in sweep.items():
@@ -44,8 +55,7 @@ def screened(
         best = min(row["runs"], key=lambda run: run["loss"])
         rates = [run["rate"] for run in row["runs"]]
         spent = cost(best, flops)
-        equal = cost_to_reach(points, best["loss"])[1]
-        beyond = "<" if equal is None else ">" if best["loss"] > points[0][1] else ""
+        equal, beyond = _equal([points], best["loss"])
         rows[name] = {
             "note": row["note"],
             "losses": losses,
@@ -55,12 +65,32 @@ def screened(
             "loss": best["loss"],
             "flops": spent,
             "flops_share": spent / full,
-            "ratio": spent / (full if equal is None else equal),
+            "ratio": spent / equal,
             "beyond": beyond,
             "curve": [list(point) for point in curve(best, flops[name])],
         }
-    rows[frontier[-1]["recipe"]]["frontier"] = [list(point) for point in points]
+        if smaller:
+            equal, beyond = _equal(widths, best["loss"])
+            rows[name]["any_width"] = {"ratio": spent / equal, "beyond": beyond}
+    for runs in (frontier, *smaller):
+        rows[runs[-1]["recipe"]]["frontier"] = [list(point) for point in _points(runs, flops)]
     return rows
+
+
+def _points(runs: Sequence[dict[str, Any]], flops: Mapping[str, Price]) -> list[tuple[float, float]]:
+    """Cost and final loss, by cost."""
+    return sorted((cost(run, flops), run["loss"]) for run in runs)
+
+
+def _equal(frontiers: Sequence[Sequence[tuple[float, float]]], loss: float) -> tuple[float, str]:
+    """The least cost at which one of the frontiers is at a loss, and `<` or `>` where that is a bound only."""
+    found = []
+    for points in frontiers:
+        between = cost_to_reach(points, loss)[1]
+        if between is not None:
+            found.append((between, ">" if loss > points[0][1] else ""))
+    # Below all of them: no better bound than the longest run.
+    return min(found, default=(max(points[-1][0] for points in frontiers), "<"))
 
 
 def compared(

@@ -16,16 +16,25 @@ HEADERS = {"flops": "FLOPs", "seconds": "seconds"}
 def screen_table(result: dict[str, Any]) -> str:
     """The recipes on one seed."""
     rates = [f"{rate:g}" for rate in result["rates"]]
+    widths = _has_widths(result)
     lines = []
     for name, row in result["screen"].items():
         rate = f"{row['rate']:g}"
         losses = [f"{row['losses'][r]:.4f}" for r in rates]
         shown = [f"**{loss}**" if r == rate else loss for r, loss in zip(rates, losses, strict=True)]
         edge = " (edge)" if row["at_edge"] else ""
+        ratios = [row, row["any_width"]] if widths else [row]
         lines.append(
-            [name, row["note"], *shown, rate + edge, f"{row['flops_share']:.3f}", f"{row['beyond']} {row['ratio']:.3f}"]
+            [
+                name,
+                row["note"],
+                *shown,
+                rate + edge,
+                f"{row['flops_share']:.3f}",
+                *(f"{ratio['beyond']} {ratio['ratio']:.3f}" for ratio in ratios),
+            ]
         )
-    headers = ["recipe", "", *rates, "best rate", "FLOPs", "ratio"]
+    headers = ["recipe", "", *rates, "best rate", "FLOPs", "ratio", *(["any width"] if widths else [])]
     return _table(lines, headers)
 
 
@@ -101,7 +110,13 @@ def report(result: dict[str, Any]) -> str:
         f"One seed ({result['sweep_seed']}): final validation losses at each peak learning rate; FLOPs of a run over "
         f"those of dense training of full length; ratio: the run's FLOPs over those at which {result['dense']}, "
         "trained for shorter or longer, ends at the same loss (`<`, `>`: at most, at least; that loss is beyond all "
-        "dense runs).",
+        "dense runs)."
+        + (
+            " Any width: the same against the cheapest of that and the models that stay smaller, trained for shorter "
+            "or longer; above 1 in the dense row, the model is too large for this budget."
+            if _has_widths(result)
+            else ""
+        ),
         "",
         screen_table(result),
         "",
@@ -140,13 +155,15 @@ def report(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Final validation loss over FLOPs: the dense frontier and the recipes."""
+    """Final validation loss over FLOPs: the dense frontiers and the recipes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for name, row in result["screen"].items():
-        if "frontier" in row:
+        if "frontier" in row and name != result["dense"]:
+            axes.plot(*zip(*row["frontier"], strict=True), "o--", markersize=3, label=f"{name}, complete runs")
+        elif "frontier" in row:
             flops, losses = zip(*row["frontier"], strict=True)
             axes.plot(flops, losses, "o-", color="tab:blue", label=f"{name}, complete runs")
             axes.plot(*zip(*row["curve"], strict=True), ":", color="tab:blue", linewidth=0.8)
@@ -168,6 +185,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _has_widths(result: dict[str, Any]) -> bool:
+    """Whether there were smaller models to compare with."""
+    return any("any_width" in row for row in result["screen"].values())
 
 
 def _spread(values: list[float]) -> str:
