@@ -6,8 +6,8 @@
 Parts, in order, for the shapes of the presets `seed` (6 x 768) and `gpt2-small` (12 x 768), sequence 1,024, bfloat16:
 - `step-SHAPE-FFN-eager` and `-compiled`: a training step, dense against another FFN, beside what arithmetic allows:
   how much faster stage 1 is at each rank, narrow and block-diagonal FFNs too;
-- `time-to-loss-SHAPE-eager` and `-compiled`: `fastffn experiment time-to-loss` over 1,200 steps of 16 sequences, 20
-  million tokens.
+- `time-to-loss-SHAPE-eager` and `-compiled`: `fastffn experiment time-to-loss` over 960 steps of 16 sequences, 16
+  million tokens (smaller models up to 20, which are as many FLOPs).
 
 Call it until it says that everything is done: a call ends by itself after `--minutes` (9), and the next one goes on.
 Results are `benchmarks/results/gpu-two-stage/<NAME>/*.json`. Runs lie in `--runs`; of these the folders `cells` and
@@ -78,8 +78,8 @@ def experiment(shape: str, compiled: bool, args: argparse.Namespace, output: Pat
     else:
         sizes = PretrainConfig.from_flat(get_preset(shape))
         command += ["--preset", "gpt2-small", "--layers", sizes.layers, "--tokenizer", args.tokenizer]
-        command += ["--batch", "16", "--steps", "1200", "--warmup-steps", "60", "--rewarm-steps", "20"]
-        command += ["--decay", "0.3", "--evaluate-every", "100", "--checkpoint-every", "1200", "--precision", "bf16"]
+        command += ["--batch", "16", "--steps", "960", "--warmup-steps", "60", "--rewarm-steps", "20"]
+        command += ["--decay", "0.3", "--evaluate-every", "100", "--checkpoint-every", "960", "--precision", "bf16"]
         command += ["--rates", "0.0006", "--rates", "0.0012", "--lengths", "0.8", "--lengths", "0.9"]
     for recipe in RECIPES:
         command += ["--recipes", recipe]
