@@ -28,7 +28,7 @@ def main() -> None:
     if torch.accelerator.is_available():
         ways += [("bf16", False), ("bf16", True)]
     for preset, rank in CASES:
-        config = PretrainConfig.from_flat(get_preset(preset) | {"rank": rank})
+        config = PretrainConfig.from_flat(get_preset(preset) | {"ffn": "low_rank", "rank": rank, "dense_layers": 0})
         ffn = config.ffn_config()
         for precision, compiled in ways:
             result = bench_step(

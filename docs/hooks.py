@@ -30,8 +30,9 @@ def kinds_table() -> str:
 
 
 def fields_table() -> str:
-    """One row for each field of a pre-training run, with its value in each preset."""
-    presets = {name: PretrainConfig.from_flat(get_preset(name)).to_flat() for name in PRESETS}
+    """One row for each field of a pre-training run, with its value without a preset and in each."""
+    sources = {"default": None} | {name: name for name in PRESETS}
+    presets = {title: PretrainConfig.from_flat(get_preset(name)).to_flat() for title, name in sources.items()}
     helps = {f.name: f.metadata.get("help", "") for f in dataclasses.fields(PretrainConfig)}
     names = next(iter(presets.values()))
     rows: list[tuple[Any, ...]] = []

@@ -26,6 +26,16 @@ def test_measures_both_and_states_the_bound() -> None:
     assert "low_rank, rank 4" in table
 
 
+def test_first_ffns_may_stay_dense() -> None:
+    ffn = LowRankConfig(rank=4, d_model=32).resolved()
+    whole, part = (bench_step(SHAPE, ffn, batch=1, rounds=1, dense_layers=layers) for layers in (0, 1))
+    saved = [result["gflops"]["dense"] - result["gflops"]["factorised"] for result in (whole, part)]
+    assert saved[1] == pytest.approx(saved[0] / 2)
+    assert part["bound"] < whole["bound"]
+    assert part["parameters"]["factorised"] > whole["parameters"]["factorised"]
+    assert ", first 1 FFNs dense" in format_step(part) and "FFNs dense" not in format_step(whole)
+
+
 def test_wrong_results_are_not_timed(monkeypatch) -> None:
     def break_it(model):
         right(model)

@@ -141,6 +141,7 @@ def test_bench_step() -> None:
     assert result["ffn"]["rank"] == 16
     assert result["ratio"] > 0
     refused(run("bench", "step", "--rounds", 0), "--rounds is 0")
+    refused(run("bench", "step", "--preset", "small"), "name another kind, such as --ffn low_rank")
     refused(run("bench", "step", "--preset", "sed"), "Did you mean 'seed'")
 
 

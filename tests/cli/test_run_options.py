@@ -11,7 +11,9 @@ from fastffn.train.plan import plan_stages
 
 
 def printed(*arguments: str) -> dict:
-    result = CliRunner().invoke(cli, ["pretrain", *arguments, "--print-config"])
+    """A run's fields; of the preset `demo` where none is named."""
+    preset = [] if "--preset" in arguments else ["--preset", "demo"]
+    result = CliRunner().invoke(cli, ["pretrain", *preset, *arguments, "--print-config"])
     assert result.exit_code == 0, result.output
     return yaml.safe_load(result.output)
 
@@ -21,12 +23,29 @@ def rates(*arguments: str) -> list[float | None]:
     return [values[name] for name in RATES]
 
 
+def test_no_preset_is_none_of_the_demos_choices() -> None:
+    """Rates that are right for 360 steps would handicap the dense side of a longer run."""
+    result = CliRunner().invoke(cli, ["pretrain", "--data", "x", "--print-config"])
+    values = yaml.safe_load(result.output)
+    assert [values[name] for name in (*RATES, "dense_layers", "rank")] == [1e-3, None, None, None, None, None]
+    assert PretrainConfig.from_flat(values) == PretrainConfig(data="x")
+
+
+def test_help_has_the_values_of_what_it_starts_from() -> None:
+    texts = {}
+    for command in (("pretrain",), ("experiment", "tree-ladder"), ("experiment", "wikitext-2")):
+        texts[command[-1]] = " ".join(CliRunner().invoke(cli, [*command, "--help"]).output.split())
+    assert "[default: 360]" in texts["pretrain"] and "[default: 360]" in texts["wikitext-2"]
+    assert "[small: 500]" in texts["tree-ladder"] and "[small: 360]" not in texts["tree-ladder"]
+    assert "[default: small]" in texts["tree-ladder"] and "gpt2-small, seed. [default: none]" in texts["pretrain"]
+
+
 def test_preset_then_file_then_flags(tmp_path) -> None:
     path = tmp_path / "config.yaml"
     # YAML 1.1 reads 1e-3 as a word; the field's type decides.
-    path.write_text("layers: 3\nlearning_rate: 1e-3\nrank: 5\nheads: 2\n")
+    path.write_text("layers: 3\nlearning_rate: 1e-3\nwidth: 5\nheads: 2\n")
     values = printed("--preset", "gpt2-small", "--config", str(path), "--heads", "4", "--no-baseline", "--compile")
-    assert (values["layers"], values["learning_rate"], values["rank"], values["heads"]) == (3, 1e-3, 5, 4)
+    assert (values["layers"], values["learning_rate"], values["width"], values["heads"]) == (3, 1e-3, 5, 4)
     assert (values["d_model"], values["baseline"], values["compile"]) == (768, False, True)
 
 
@@ -102,5 +121,5 @@ def test_rates_in_a_file_are_kept(tmp_path) -> None:
     assert rates(*file, "--learning-rate", "5e-4") == [5e-4, None, None, None]
     path.write_text("ffn: narrow\nlearning_rate: 5.0e-3\nfactor_learning_rate: 2.0e-3\n")
     assert rates(*file) == [5e-3, None, 2e-3, None]
-    path.write_text(CliRunner().invoke(cli, ["pretrain", "--print-config"]).output)
+    path.write_text(CliRunner().invoke(cli, ["pretrain", "--preset", "demo", "--print-config"]).output)
     assert rates(*file) == rates() and rates(*file, "--dense-layers", "0") == rates()

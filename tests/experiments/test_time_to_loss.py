@@ -12,6 +12,7 @@ from fastffn.errors import ConfigError, OutputError
 from fastffn.evaluate.perplexity import evaluate_perplexity
 from fastffn.experiments import run_cost
 from fastffn.experiments import time_to_loss as module
+from fastffn.experiments.recipes import CONTENDERS
 from fastffn.experiments.run_cost import Price
 from fastffn.experiments.time_to_loss import time_to_loss
 from fastffn.experiments.time_to_loss_figures import compared, screened, tuned_dense
@@ -161,6 +162,14 @@ def test_bad_input_leaves_nothing_behind(text_file, tmp_path, changes, message) 
     with pytest.raises(ConfigError, match="recipes choose"):
         time_to_loss(dataclasses.replace(tiny(text_file), ffn="low_rank"), tmp_path / "runs", **GRID)
     assert not (tmp_path / "runs").exists()
+
+
+def test_contenders_are_recipes_of_every_sort(text_file) -> None:
+    chosen = module._chosen(tiny(text_file), (), (1e-3,), (1.0,), 0, 1)
+    assert {recipe.name for recipe in chosen} == set(CONTENDERS)
+    assert any(recipe.smaller for recipe in chosen) and any(recipe.ffn == "narrow" for recipe in chosen)
+    assert sum(recipe.dense for recipe in chosen) > 1
+    assert [r.name for r in module._chosen(tiny(text_file), ("naive",), (1e-3,), (1.0,), 0, 1)] == ["dense", "naive"]
 
 
 # -- figures, by hand -----------------------------------------------------------------------------------------------

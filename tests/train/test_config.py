@@ -32,6 +32,13 @@ def test_gpt2_small() -> None:
     assert (config.layers, config.d_model, config.learning_rate) == (12, 768, 6e-4)
     assert (config.beta1, config.beta2, config.weight_decay, config.clip) == (0.9, 0.95, 0.1, 1.0)
     assert (config.schedule, config.precision, config.compile) == ("wsd", "auto", False)
+    assert (config.ffn, config.ffn_config().to_dict()["width"], config.decay) == ("narrow", 768, 0.25)
+
+
+def test_an_option_of_another_kind_names_those_that_have_it() -> None:
+    values = get_preset("gpt2-small") | {"data": "x", "rank": 8}
+    with pytest.raises(ConfigError, match=r"'narrow' has no option 'rank'; it has .*width\. .* it: block, low_rank\."):
+        PretrainConfig.from_flat(values)
 
 
 def test_options_come_from_the_registry() -> None:

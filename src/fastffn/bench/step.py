@@ -29,6 +29,7 @@ def bench_step(
     rounds: int = 10,
     precision: str = "fp32",
     compiled: bool = False,
+    dense_layers: int = 0,
     seconds_a_step: float = 5.0,
 ) -> dict[str, Any]:
     """Times a training step of a dense GPT-2 and of one with another kind of FFN, in one process, alternating.
@@ -40,6 +41,7 @@ def bench_step(
         rounds: timed steps of each.
         precision: fp32, or the dtype of autocast.
         compiled: compile both models.
+        dense_layers: first FFNs that are dense in both.
         seconds_a_step: see `batch`.
 
     Returns:
@@ -52,7 +54,7 @@ def bench_step(
     device = device or torch.device("cpu")
     models: dict[str, Any] = {
         "dense": fresh_model(shape).to(device),
-        "factorised": fresh_model(shape, ffn).to(device),
+        "factorised": fresh_model(shape, ffn, dense_layers=dense_layers).to(device),
     }
     error = _gate(models["factorised"], shape)
     timed: dict[str, Any] = {name: torch.compile(model) if compiled else model for name, model in models.items()}
@@ -72,11 +74,12 @@ def bench_step(
         step = training_step(model, ids, autocast)
         step()  # the optimizer's state is there from the first step on; it is not part of the peak
         memory[name] = peak_bytes(step, device)
-    bound = step_bound(shape, ffn)
+    bound = step_bound(shape, ffn, dense_layers)
     return {
         "shape": asdict(shape),
         "kind": kind_of(ffn).name,
         "ffn": ffn.to_dict(),
+        "dense_layers": dense_layers,
         "batch": used,
         "precision": precision,
         "compiled": compiled,
@@ -129,7 +132,8 @@ def format_step(result: dict[str, Any]) -> str:
         f"{shape['layers']} layers x {shape['d_model']}, sequence {shape['sequence']}, "
         f"vocabulary {shape['vocabulary']}, "
         f"{result['batch']} sequences a step, {result['precision']}"
-        f"{', compiled' if result['compiled'] else ''}; {ffn}\n\n"
+        f"{', compiled' if result['compiled'] else ''}; {ffn}"
+        f"{', first ' + str(dense) + ' FFNs dense' if (dense := result['dense_layers']) else ''}\n\n"
         f"{table}\n\n"
         f"factorised is {result['ratio']:.2f} times faster; arithmetic allows {result['bound']:.2f}, an FFN "
         f"that cost nothing would give {result['free_ffn_bound']:.2f}.\n"

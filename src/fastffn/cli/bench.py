@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from fastffn.cli.options import json_option, option_for
+from fastffn.cli.run_options import over
 from fastffn.data.tokenizer import training_size
 from fastffn.errors import ConfigError
 from fastffn.registry import get_kind
@@ -24,7 +25,7 @@ def command() -> None:
 
 
 @command.command()
-@click.option("--preset", default="demo", show_default=True, help=f"Shape: one of {', '.join(PRESETS)}.")
+@click.option("--preset", help=f"Shape and stage 1: one of {', '.join(PRESETS)}.  [default: as `fastffn pretrain`]")
 @click.option("--ffn", help="Kind of FFN beside the dense one.  [default: the preset's]")
 @click.option("--batch", type=int, help="Most sequences in a step.  [default: the preset's micro-batch]")
 @click.option("--max-seconds", default=5.0, show_default=True, help="Take fewer sequences if a step takes longer.")
@@ -33,7 +34,7 @@ def command() -> None:
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile both models.")
 @json_option
 def step(
-    preset: str,
+    preset: str | None,
     ffn: str | None,
     batch: int | None,
     max_seconds: float,
@@ -52,8 +53,10 @@ def step(
     for name, value in (("batch", batch), ("rounds", rounds), ("max-seconds", max_seconds)):
         if value is not None and value <= 0:
             raise ConfigError(f"--{name} is {value}; it must be above 0.")
-    values = get_preset(preset) | {name: value for name, value in options.items() if value is not None}
-    config = PretrainConfig.from_flat(values | ({"ffn": ffn} if ffn else {}))
+    chosen = {name: value for name, value in ({"ffn": ffn} | options).items() if value is not None}
+    config = PretrainConfig.from_flat(over(get_preset(preset), chosen, set(chosen)))
+    if config.ffn == "dense":
+        raise ConfigError("Dense FFNs are what others are compared with; name another kind, such as --ffn low_rank.")
     result = bench_step(
         config.shape(config.vocabulary or training_size(config.tokenizer) or 50257),
         config.ffn_config(),
@@ -61,6 +64,7 @@ def step(
         rounds=rounds,
         precision=precision,
         compiled=compiled,
+        dense_layers=config.dense_layers or 0,
         seconds_a_step=max_seconds,
     )
     click.echo(json.dumps(result) if as_json else format_step(result))

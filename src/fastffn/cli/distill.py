@@ -55,4 +55,4 @@ def command(
         click.echo(json.dumps(results))
 
 
-command.params.extend(field_options(DistillConfig, source="default"))
+command.params.extend(field_options(DistillConfig))

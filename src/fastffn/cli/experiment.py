@@ -36,7 +36,7 @@ def wikitext_2(
     seeds: int,
     tune_steps: int,
     tune_learning_rate: float,
-    preset: str,
+    preset: str | None,
     config_file: Path | None,
     as_json: bool,
     **flags: Any,
@@ -135,7 +135,7 @@ def tree_ladder(
     seeds: int,
     rungs: tuple[str, ...],
     timing: bool,
-    preset: str,
+    preset: str | None,
     config_file: Path | None,
     as_json: bool,
     **flags: Any,
@@ -169,7 +169,11 @@ add_run_options(tree_ladder, preset="small")
 
 @command.command(name="time-to-loss")
 @click.option("--output", type=click.Path(path_type=Path), help="Directory of all runs, created or continued.")
-@click.option("--recipes", multiple=True, help="Name of a recipe, such as warm-10; may be repeated.  [default: all]")
+@click.option(
+    "--recipes",
+    multiple=True,
+    help="Name of a recipe, such as naive; may be repeated; dense always runs.  [default: the best of each sort]",
+)
 @click.option(
     "--rates",
     type=float,
@@ -202,7 +206,7 @@ def time_to_loss(
     seeds: int,
     confirm: int,
     timing: bool,
-    preset: str,
+    preset: str | None,
     config_file: Path | None,
     as_json: bool,
     **flags: Any,
@@ -213,7 +217,7 @@ def time_to_loss(
     (preset: small). WikiText-2, on which confirmed models are scored, comes from the folder that FASTFFN_DATA_DIR
     names, or by its name from a hub. The same command goes on with what was interrupted.
 
-    Example: fastffn experiment time-to-loss --recipes naive --recipes warm-10 --seeds 0 --output runs/time-to-loss
+    Example: fastffn experiment time-to-loss --recipes naive --recipes half-2x --seeds 0 --output runs/time-to-loss
     """
     config = run_config(ctx, preset, config_file, flags)
     if output is None:

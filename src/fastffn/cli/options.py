@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -20,17 +20,18 @@ def path_argument(name: str, **settings: Any) -> Callable[[Any], Any]:
     return click.argument(name, type=click.Path(path_type=Path), **settings)
 
 
-def field_options(config: type, *, source: str = "demo") -> list[click.Option]:
+def field_options(config: type, values: Mapping[str, Any] | None = None, *, source: str = "default") -> list[Any]:
     """One option for each field of a dataclass that carries a `help`, without defaults of its own.
 
-    The help names the field's default after `source`: the preset that has it, or `default` where there are none.
+    The help names the field's value after `source`: its default, or what `values` has.
     """
     hints = get_type_hints(config)
     options = []
     for field in dataclasses.fields(config):
         if "help" not in field.metadata or get_origin(hints[field.name]) is dict:
             continue
-        default = "" if field.default in (None, dataclasses.MISSING) else f"  [{source}: {field.default}]"
+        value = field.default if values is None else values[field.name]
+        default = "" if value in (None, dataclasses.MISSING) else f"  [{source}: {value}]"
         options.append(option_for(field.name, hints[field.name], field.metadata["help"] + default))
     return options
 

@@ -24,7 +24,7 @@ from fastffn.errors import ConfigError
 def command(
     ctx: click.Context,
     output: Path | None,
-    preset: str,
+    preset: str | None,
     config_file: Path | None,
     print_config: bool,
     overwrite: bool,

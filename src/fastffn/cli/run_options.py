@@ -13,22 +13,28 @@ from fastffn.errors import ConfigError, did_you_mean
 from fastffn.train.config import PRESETS, RATES, PretrainConfig, ffn_option_types, get_preset, start_fields
 
 
-def add_run_options(command: click.Command, *, preset: str = "demo") -> None:
+def add_run_options(command: click.Command, *, preset: str | None = None) -> None:
     """Adds `--preset`, which is `preset` by default, `--config`, and a flag for every field."""
     command.params.append(
-        click.Option(["--preset"], default=preset, show_default=True, help=f"One of {', '.join(PRESETS)}.")
+        click.Option(
+            ["--preset"],
+            default=preset,
+            help=f"Fields to start from: {', '.join(PRESETS)}.  [default: {preset or 'none'}]",
+        )
     )
     command.params.append(
         click.Option(["--config", "config_file"], type=click.Path(path_type=Path), help="YAML file of fields.")
     )
-    command.params.extend(field_options(PretrainConfig))
+    command.params.extend(field_options(PretrainConfig, get_preset(preset), source=preset or "default"))
     command.params.extend(
         option_for(name, kind, f"option of the FFN kind {owners}")
         for name, (kind, owners) in ffn_option_types().items()
     )
 
 
-def run_config(ctx: click.Context, preset: str, config_file: Path | None, flags: dict[str, Any]) -> PretrainConfig:
+def run_config(
+    ctx: click.Context, preset: str | None, config_file: Path | None, flags: dict[str, Any]
+) -> PretrainConfig:
     """The run that the options describe: the preset's fields, then the YAML file's, then the flags'.
 
     Raises:
@@ -38,14 +44,14 @@ def run_config(ctx: click.Context, preset: str, config_file: Path | None, flags:
     chosen = {name: value for name, value in flags.items() if value is not None}
     written = _typed(ctx, _fields_of(config_file), config_file) if config_file is not None else {}
     given = {name for name, value in (written | chosen).items() if value is not None}
-    values = _over(_over(get_preset(preset), written, given), chosen, given)
+    values = over(over(get_preset(preset), written, given), chosen, given)
     if values.get("init_from"):
         found = start_fields(values["init_from"])
         values |= {name: value for name, value in found.items() if name not in chosen and name not in written}
     return PretrainConfig.from_flat(values)
 
 
-def _over(below: dict[str, Any], above: dict[str, Any], given: set[str]) -> dict[str, Any]:
+def over(below: dict[str, Any], above: dict[str, Any], given: set[str]) -> dict[str, Any]:
     """Fields `below`, replaced by those `above`, which also put aside what would contradict them.
 
     Args:

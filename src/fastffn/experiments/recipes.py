@@ -84,6 +84,18 @@ def _narrow(name: str, note: str, width: float, rate: float = 1.0, merged: float
     return Recipe(name, "narrow", None, width, changes=changes, factors_rate=rate, ffn_rate=merged, note=note)
 
 
+# What others did not beat: dense training in its best forms, smaller models, the best of each kind of first stage.
+CONTENDERS = (
+    "dense",
+    "dense-ffn-2x",
+    "dense-upper-8th",
+    "half-stays-2x",
+    "quarter-stays-2x",
+    "narrow-2x-70-2x",
+    "first-dense-16th-80",
+)
+
+
 def recipes() -> dict[str, Recipe]:
     """All recipes, by name; the first is the dense one that every experiment has."""
     warm = {"dense_warmup": 0.1}
@@ -120,7 +132,6 @@ def recipes() -> dict[str, Recipe]:
             note="a model of d neurons, FFNs at twice the rate",
         ),
         _low_rank("naive", "rank d/4, switch after 60 %"),
-        _low_rank("rank-1", "rank 1", rank=0.0),
         _low_rank("rank-8th", "rank d/8", rank=1 / 8),
         _low_rank("rank-half", "rank d/2", rank=1 / 2),
         Recipe("block", "block", None, note="4 blocks"),
@@ -128,7 +139,6 @@ def recipes() -> dict[str, Recipe]:
         Recipe("block-rank", "block", 1 / 16, options={"blocks": 8}, note="8 blocks and rank d/16"),
         _narrow("no-ffn", "one neuron awake", 0.0),
         _narrow("narrow", "d neurons awake", 1.0),
-        _narrow("narrow-30", "d neurons awake, switch after 30 %", 1.0, switch=0.3),
         _narrow("narrow-2x", "d neurons awake, FFNs at twice the rate", 1.0, 2.0),
         _narrow("narrow-2x-30", "d neurons awake, twice the rate, switch after 30 %", 1.0, 2.0, switch=0.3),
         _narrow("narrow-2x-70", "d neurons awake, twice the rate, switch after 70 %", 1.0, 2.0, switch=0.7),
@@ -149,8 +159,6 @@ def recipes() -> dict[str, Recipe]:
         _low_rank("factors-2x", "factors at twice the rate", factors_rate=2.0),
         _low_rank("factors-4x", "factors at four times the rate", factors_rate=4.0),
         _low_rank("factors-2x-30", "twice the rate, switch after 30 %", factors_rate=2.0, changes={"switch": 0.3}),
-        _low_rank("switch-30", "switch after 30 %", changes={"switch": 0.3}),
-        _low_rank("switch-80", "switch after 80 %", changes=late),
         _low_rank("warm-5", "dense for the first 5 %", changes={"dense_warmup": 0.05}),
         _low_rank("warm-10", "dense for the first 10 %", changes=warm),
         _low_rank("first-dense", "first FFN dense", changes=first),
@@ -163,11 +171,6 @@ def recipes() -> dict[str, Recipe]:
         _low_rank(
             "first-dense-16th-80", "first FFN dense, rank d/16, switch after 80 %", rank=1 / 16, changes=first | late
         ),
-        _low_rank("rewarm-100", "re-warming over 100 steps", changes={"rewarm_steps": 100}),
-        _low_rank("rewarm-0", "no re-warming", changes={"rewarm_steps": 0}),
-        # What helped, together.
-        _low_rank("warm-10-half", "dense for the first 10 %, rank d/2", rank=1 / 2, changes=warm),
         _low_rank("warm-10-2x", "dense for the first 10 %, factors at twice the rate", changes=warm, factors_rate=2.0),
-        _low_rank("warm-10-late", "dense for the first 10 %, switch after 80 %", changes=warm | late),
     ]
     return {recipe.name: recipe for recipe in found}

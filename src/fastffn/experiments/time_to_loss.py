@@ -27,7 +27,7 @@ from fastffn.data.text import find_text
 from fastffn.errors import ConfigError, did_you_mean
 from fastffn.evaluate.perplexity import evaluate_perplexity
 from fastffn.experiments.cells import Cells, opened, together
-from fastffn.experiments.recipes import Recipe, recipes
+from fastffn.experiments.recipes import CONTENDERS, Recipe, recipes
 from fastffn.experiments.run_cost import Price, flops_of, record_of, seconds_of
 from fastffn.experiments.time_to_loss_figures import best_rate, compared, screened, tuned_dense
 from fastffn.experiments.time_to_loss_report import plot, report
@@ -59,7 +59,7 @@ def time_to_loss(
     Args:
         config: a dense run; its steps are the full length, its seed is that of the sweep.
         output: directory for the cells, the runs, `table.md`, `result.json` and `frontier.png`.
-        names: of recipes of `fastffn.experiments.recipes`; empty: all.
+        names: of recipes of `fastffn.experiments.recipes`; empty: those that others did not beat.
         rates: the grid of learning rates.
         lengths: of runs, over the full length; 1 is always among them.
         seeds: number of paired seeds of the confirmation, those after the sweep's; 0: none.
@@ -150,7 +150,8 @@ def _chosen(
     for name in names:
         if name not in known:
             raise ConfigError(f"Unknown recipe '{name}'; there are {', '.join(known)}.{did_you_mean(name, known)}")
-    return [recipe for name, recipe in known.items() if not names or name in names or name == next(iter(known))]
+    wanted = {next(iter(known)), *(names or CONTENDERS)}
+    return [recipe for name, recipe in known.items() if name in wanted]
 
 
 class _Runs:

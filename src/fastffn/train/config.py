@@ -29,8 +29,9 @@ def _field(default: Any, help: str) -> Any:
 class PretrainConfig:
     """A pre-training run: a language model in stages, and a dense one beside it.
 
-    The defaults are the `demo` preset's but for the factors and their rates. Options of the FFN kind (`rank`, `start`,
-    ...) are in `ffn_options`; flags and YAML files give them like any other field.
+    The defaults are a small model's on a text that every machine has, all parts at one learning rate; presets differ in
+    what they name. Options of the FFN kind (`rank`, `start`, ...) are in `ffn_options`; flags and YAML files give them
+    like any other field.
     """
 
     # Text
@@ -234,9 +235,10 @@ class PretrainConfig:
         known = kind.config.own_fields()
         for name in options:
             if name not in known:
+                _, owners = ffn_option_types().get(name, (None, None))
                 raise ConfigError(
                     f"The kind '{kind.name}' has no option '{name}'; it has {', '.join(sorted(known)) or 'none'}."
-                    f"{did_you_mean(name, known)}"
+                    + (f" Kinds that have it: {owners}." if owners else did_you_mean(name, known))
                 )
         # BERT's dropout after the FFN belongs to the module around it.
         inside = family_named(self.model_type).dropout is not None
@@ -334,7 +336,7 @@ SHAPE_FIELDS = ("architecture", "layers", "d_model", "heads", "d_hidden", "activ
 
 # Fields that differ from the defaults above.
 PRESETS: dict[str, dict[str, Any]] = {
-    # Minutes on two cores, on a text that every machine has.
+    # Minutes on two cores, on a text that every machine has; rates are those of a run as short as this.
     "demo": {
         # The first FFN stays whole: what low rank costs, it costs there (docs/two-stage.md).
         "rank": 16,
@@ -371,6 +373,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 5000,
         "batch": 512,
         "micro_batch": 16,
+        # What gained where low rank lost, at the widths that were tried (docs/two-stage.md); not tried at this one.
+        "ffn": "narrow",
+        "switch": 0.7,
         "learning_rate": 6e-4,
         "warmup_steps": 250,
         "decay": 0.25,
@@ -411,13 +416,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def get_preset(name: str) -> dict[str, Any]:
-    """All fields of a preset, flat.
+def get_preset(name: str | None) -> dict[str, Any]:
+    """All fields of a preset, flat; None: the defaults.
 
     Raises:
         ConfigError: no preset has that name.
     """
-    if name not in PRESETS:
+    if name is not None and name not in PRESETS:
         raise ConfigError(f"Unknown preset '{name}'; there are {', '.join(PRESETS)}.{did_you_mean(name, PRESETS)}")
     defaults = {f.name: f.default for f in dataclasses.fields(PretrainConfig) if f.default is not dataclasses.MISSING}
-    return defaults | PRESETS[name]
+    return defaults | (PRESETS[name] if name is not None else {})
