@@ -196,9 +196,9 @@ class _Run:
             say("Too close to call: at this shape stage 1 gains nothing that could be told from noise.")
         say(
             "Faster steps are not yet time saved: against tuned dense training low rank with the first FFN dense pays "
-            "in very short runs; narrow FFNs at first (--ffn narrow) gained little in those of some million tokens, "
-            "and nothing measured so far in long ones (docs/two-stage.md). For those, without a reason of your own, "
-            "train dense: --ffn dense."
+            "in very short runs; narrow FFNs at first (--ffn narrow) gained little in those of some million tokens, no "
+            "more than a smaller model did, and nothing measured so far gained in long ones (docs/two-stage.md). For "
+            "those, without a reason of your own, train dense: --ffn dense, of a size that fits the budget."
         )
         return gain
 
