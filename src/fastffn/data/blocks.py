@@ -124,9 +124,3 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     labels = ids.clone()
     labels[:, 0] = -100
     return {"input_ids": ids, "labels": labels}
-
-
-def token_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
-    """Token numbers of each text, without special tokens; all cores are used."""
-    encodings = plain_backend(tokenizer).encode_batch_fast(texts, add_special_tokens=False)
-    return [encoding.ids for encoding in encodings]
