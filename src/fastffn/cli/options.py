@@ -20,7 +20,9 @@ def path_argument(name: str, **settings: Any) -> Callable[[Any], Any]:
     return click.argument(name, type=click.Path(path_type=Path), **settings)
 
 
-def field_options(config: type, values: Mapping[str, Any] | None = None, *, source: str = "default") -> list[Any]:
+def field_options(
+    config: type, values: Mapping[str, Any] | None = None, *, source: str = "default"
+) -> list[click.Option]:
     """One option for each field of a dataclass that carries a `help`, without defaults of its own.
 
     The help names the field's value after `source`: its default, or what `values` has.

@@ -72,8 +72,8 @@ def screened(
         if smaller:
             equal, beyond = _equal(widths, best["loss"])
             rows[name]["any_width"] = {"ratio": spent / equal, "beyond": beyond}
-    for runs in (frontier, *smaller):
-        rows[runs[-1]["recipe"]]["frontier"] = [list(point) for point in _points(runs, flops)]
+    for runs, own in zip((frontier, *smaller), widths, strict=True):
+        rows[runs[-1]["recipe"]]["frontier"] = [list(point) for point in own]
     return rows
 
 

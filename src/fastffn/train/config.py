@@ -338,7 +338,7 @@ SHAPE_FIELDS = ("architecture", "layers", "d_model", "heads", "d_hidden", "activ
 PRESETS: dict[str, dict[str, Any]] = {
     # Minutes on two cores, on a text that every machine has; rates are those of a run as short as this.
     "demo": {
-        # The first FFN stays whole: what low rank costs, it costs there (docs/two-stage.md).
+        # The first FFN stays whole: what low rank costs, it costs there (docs/two-stage-record.md).
         "rank": 16,
         "dense_layers": 1,
         "switch": 0.7,
