@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from fastffn.cli.main import COMMANDS, cli
+from fastffn.cli.commands import COMMANDS, cli
 from fastffn.errors import FastFFNError
 from fastffn.ops import OPS
 from fastffn.train.config import PRESETS
@@ -272,14 +272,14 @@ def test_an_output_that_cannot_be_made(model, text_file, tmp_path) -> None:
 
 
 def test_interruption_says_how_to_go_on(monkeypatch, capsys) -> None:
-    from fastffn.cli import main
+    from fastffn.cli import commands
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main, "cli", interrupt)
+    monkeypatch.setattr(commands, "cli", interrupt)
     with pytest.raises(SystemExit) as stop:
-        main.run()
+        commands.run()
     assert stop.value.code == 130
     assert "with the same command" in capsys.readouterr().err
 

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 import fastffn.hf  # noqa: F401  (so that checkpoints load)
-from fastffn.cli.main import cli
+from fastffn.cli.commands import cli
 from fastffn.convert.match import fastffn_modules
 from fastffn.errors import FastFFNError
 from tests.cli.test_cli import refused, run

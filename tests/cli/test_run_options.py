@@ -5,7 +5,7 @@ from __future__ import annotations
 import yaml
 from click.testing import CliRunner
 
-from fastffn.cli.main import cli
+from fastffn.cli.commands import cli
 from fastffn.train.config import RATES, PretrainConfig
 from fastffn.train.plan import plan_stages
 

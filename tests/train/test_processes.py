@@ -101,7 +101,7 @@ def test_two_processes_do_what_one_does(text_file, tmp_path) -> None:
 # Gloo's threads get the processor when nothing else wants it: the order of events that ended in an abort, or in waiting
 # for ever, in half of the runs or more.
 LATE_THREADS = """
-import contextlib, os, pathlib
+import contextlib, os, pathlib, time
 from fastffn.cli import main
 from fastffn.train import processes
 
@@ -109,6 +109,7 @@ join = processes.join
 
 def join_with_late_threads():
     join()
+    time.sleep(0.2)  # a thread has its name only once it runs
     mine = sorted(os.sched_getaffinity(0))
     for task in pathlib.Path("/proc/self/task").iterdir():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended since
@@ -154,16 +155,16 @@ def test_beside_others_a_command_ends_with_its_code_and_all_it_said(arguments, c
 
 def test_beside_others_an_error_of_ours_is_not_lost(monkeypatch, capsys) -> None:
     """An exception nobody expected: its traceback and a code, then the end that this process may take."""
-    from fastffn.cli import main
+    from fastffn.cli import commands
 
     def fail(**options: object) -> None:
         raise RuntimeError("connection closed by peer")
 
     codes: list[int] = []
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(main, "cli", fail)
+    monkeypatch.setattr(commands, "cli", fail)
     monkeypatch.setattr(processes, "leave", codes.append)
-    main.run()
+    commands.run()
     assert codes == [1]
     assert "RuntimeError: connection closed by peer" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Entry point of the `fastffn` command."""
     try:
-        from fastffn.cli.main import run
+        from fastffn.cli.commands import run
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "fastffn":
             raise
