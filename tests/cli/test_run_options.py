@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import yaml
 from click.testing import CliRunner
 
 from fastffn.cli.commands import cli
+from fastffn.errors import ConfigError
 from fastffn.train.config import RATES, PretrainConfig
 from fastffn.train.plan import plan_stages
 
@@ -123,3 +125,14 @@ def test_rates_in_a_file_are_kept(tmp_path) -> None:
     assert rates(*file) == [5e-3, None, 2e-3, None]
     path.write_text(CliRunner().invoke(cli, ["pretrain", "--preset", "demo", "--print-config"]).output)
     assert rates(*file) == rates() and rates(*file, "--dense-layers", "0") == rates()
+
+
+@pytest.mark.parametrize("line", ["steps: 12.9", "layers: 2.9", "batch: true", "learning_rate: true", "baseline: 3"])
+def test_a_file_says_what_a_flag_could_say(line, tmp_path) -> None:
+    """Taken for a number, `steps: 12.9` would have been 12, and `batch: true` 1."""
+    path = tmp_path / "config.yaml"
+    path.write_text(line + "\n")
+    result = CliRunner().invoke(cli, ["pretrain", "--config", str(path), "--print-config"])
+    name, value = line.split(": ")
+    assert isinstance(result.exception, ConfigError)
+    assert f"{name} is {value.title() if value == 'true' else value}: " in str(result.exception)

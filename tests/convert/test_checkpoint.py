@@ -26,7 +26,8 @@ def factorised(gpt2, tmp_path) -> Path:
     fastffn.convert(gpt2, LowRankConfig(rank=5))
     gpt2.save_pretrained(tmp_path / "in")
     (tmp_path / "in" / "tokenizer.json").write_text("{}")
-    (tmp_path / "in" / "trainer_state.json").write_text("{}")
+    for left_behind in ("trainer_state.json", "complete.json"):
+        (tmp_path / "in" / left_behind).write_text("{}")
     return tmp_path / "in"
 
 

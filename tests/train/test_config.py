@@ -87,6 +87,11 @@ def test_options_come_from_the_registry() -> None:
         ({"tokenizer": "train:10"}, "at least 257"),
         ({"activation": "gelo"}, "Did you mean 'gelu'"),
         ({"optimizer": "sgd"}, "AdamW"),
+        ({"ffn": "narrow", "rank": None, "drop": True}, "never learn. Leave it out .*--d-hidden N"),
+        (
+            {"ffn": "moe", "rank": None, "init_from": "checkpoint"},
+            "ffn is moe, .* init_from is checkpoint. .* fastffn convert checkpoint OUT --ffn moe --calibration TEXT",
+        ),
         ({"restart": True, "dense_warmup": 0.1}, "exclude each other"),
         ({"precision": "fp8"}, "precision is 'fp8'"),
     ],

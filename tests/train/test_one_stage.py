@@ -14,7 +14,7 @@ from fastffn.registry import get_kind, kinds
 from fastffn.train.config import mergeable_kinds
 from fastffn.train.plan import plan_stages
 from fastffn.train.pretrain import pretrain
-from fastffn.train.trainer import StageTrainer
+from fastffn.train.trainer import SWITCHED, StageTrainer
 from tests.train.test_pretrain import tiny
 
 KINDS = [
@@ -36,6 +36,11 @@ def test_a_run(name, text_file, tmp_path) -> None:
     curve = results["stages"][name]["curve"]
     assert curve[-1]["loss"] < curve[0]["loss"]
     assert set(results["time_to_loss"]) == {"dense"} and results["gain"] is None
+    # Biases of trees and experts are matrices by their shape, and yet no weight decay acts on them.
+    saved = torch.load(tmp_path / "run" / name / "checkpoint-20" / "optimizer.pt", weights_only=True)["param_groups"]
+    groups = [{n for n in group["param_names"] if ".mlp." in n} for group in saved]
+    assert {n for n in groups[1] | groups[SWITCHED] if "bias" in n or n.endswith("b_in")} == groups[1] and groups[1]
+    assert [group["weight_decay"] for group in saved] == [0.1, 0.0, 0.1] and groups[SWITCHED] and not groups[0]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / name)
     assert type(model.transformer.h[0].mlp) is get_kind(name).module
     assert len(results["sample"]["continuation"]) > 0

@@ -395,3 +395,9 @@ def test_changed_text_and_overwrite_begin_anew(text_file, tmp_path) -> None:
     for key, value in weights(tmp_path / "fresh" / "stage2").items():
         assert torch.equal(value, weights(tmp_path / "run" / "stage2")[key])
     assert fresh["stages"]["stage2"]["steps"] == 8
+
+
+def test_an_optimizer_that_transformers_lacks(text_file, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"optimizer is 'adamw_tourch'; transformers has .*adamw_torch_fused"):
+        pretrain(tiny(text_file, optimizer="adamw_tourch"), tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*/"))

@@ -108,7 +108,9 @@ def _typed(ctx: click.Context, values: dict[str, Any], path: Path) -> dict[str, 
         if name not in fields or name not in parameters:
             raise ConfigError(f"{path}: unknown field '{name}'.{did_you_mean(name, fields)}")
         try:
-            typed[name] = None if value is None else parameters[name].type.convert(value, parameters[name], ctx)
+            # Numbers and truth values as they would be typed: of a number, click would take what fits.
+            given = repr(value) if isinstance(value, (bool, int, float)) else value
+            typed[name] = None if value is None else parameters[name].type.convert(given, parameters[name], ctx)
         except click.UsageError as error:
             raise ConfigError(f"{path}: {name} is {value!r}: {error.message}") from error
     return typed

@@ -20,7 +20,7 @@ from fastffn.nn import MergedTensor
 from fastffn.registry import kind_of
 
 # Written by training, not part of the model; `merge` leaves them behind.
-_TRAINING_FILES = {"conversion.json", "trainer_state.json", "stage.json", "config.json", INDEX}
+_TRAINING_FILES = {"conversion.json", "trainer_state.json", "stage.json", "complete.json", "config.json", INDEX}
 _MODEL_FILE_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
 
 

@@ -98,6 +98,13 @@ class FFNConfig:
         """Names of the fields that the user chooses: those that are not read off a model."""
         return [field.name for field in dataclasses.fields(cls) if field.name not in cls.MODEL_FIELDS]
 
+    def check_pretraining(self) -> None:
+        """Refuses choices with which a model cannot learn from random weights; there are none if not given.
+
+        Raises:
+            ConfigError: this is one.
+        """
+
     def fitted_to(self, dense: FFNConfig) -> Self:
         """The same choices with the widths, activation, dropout, biases and gate of `dense`."""
         names = {field.name for field in dataclasses.fields(self)} & self.MODEL_FIELDS
@@ -147,6 +154,9 @@ class FFN(nn.Module, Generic[C]):
     """
 
     config: C
+
+    # Biases that are not called so: no weight decay acts on them, as on others.
+    BIASES: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: C) -> None:
         super().__init__()

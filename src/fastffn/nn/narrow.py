@@ -65,6 +65,14 @@ class NarrowConfig(DenseConfig):
         width = dense.total_width
         return [cls(width=max(1, eighths * width // 8), drop=True) for eighths in (2, 3, 4, 5, 6) if width > 1]
 
+    def check_pretraining(self) -> None:
+        """See `FFNConfig.check_pretraining`: neurons that are dropped, all of their weights zero, never learn."""
+        if self.drop:
+            raise ConfigError(
+                "drop leaves neurons out for good, to infer with fewer: after merging they would never learn. "
+                "Leave it out (--no-drop), or train a smaller model: --ffn dense --d-hidden N."
+            )
+
     @property
     def active_width(self) -> int:
         """See `FFNConfig.active_width`."""

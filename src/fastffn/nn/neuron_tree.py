@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
@@ -108,6 +108,8 @@ class NeuronTreeFFN(FFN[NeuronTreeConfig]):
     Cost: `P (depth + 1) (D + O)` multiply-adds a token, and those of the shared part.
     Gradient: through the visited neurons; decisions have none unless `straight_through`.
     """
+
+    BIASES: ClassVar[frozenset[str]] = frozenset({"b_in"})
 
     shared: DenseFFN | None
 

@@ -17,7 +17,7 @@ def training_arguments(config: PretrainConfig, directory: Path, stage: Stage | N
     """`transformers.TrainingArguments` for a stage; without one, to learn device and precision.
 
     Raises:
-        ConfigError: the batch does not divide among processes and micro batches.
+        ConfigError: the batch does not divide among processes and micro batches; transformers lacks the optimizer.
     """
     micro, accumulation = split_batch(config, processes.count())
     steps = stage.total if stage else 1
@@ -69,7 +69,12 @@ def run_arguments(directory: Path, *, precision: str, micro_batch: int, **settin
         settings: further arguments.
     """
     from transformers import TrainingArguments
+    from transformers.training_args import OptimizerNames
 
+    known = [optimizer.value for optimizer in OptimizerNames]
+    if settings.get("optim", known[0]) not in known:
+        adams = [name for name in known if name.startswith("adamw_")]
+        raise ConfigError(f"optimizer is '{settings['optim']}'; transformers has {', '.join(adams)}.")
     if precision == "auto":
         precision = "bf16" if _accelerator_has_bf16() else "fp32"
     arguments = TrainingArguments(

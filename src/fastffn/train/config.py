@@ -187,6 +187,12 @@ class PretrainConfig:
                 "ffn_learning_rate is the rate of dense FFNs."
             )
         self.ffn_config()
+        if self.init_from is not None and self.ffn != "dense" and not self.two_stage:
+            raise ConfigError(
+                f"ffn is {self.ffn}, which starts from trained weights only by way of text, and init_from is "
+                f"{self.init_from}. Convert it first, fastffn convert {self.init_from} OUT --ffn {self.ffn} "
+                f"--calibration TEXT, and then recover it, fastffn distill OUT {self.init_from} --data TEXT."
+            )
 
     @property
     def two_stage(self) -> bool:
@@ -246,7 +252,9 @@ class PretrainConfig:
         if self.d_hidden is not None:
             widths["d_hidden"] = self.d_hidden
         fields = {field.name for field in dataclasses.fields(kind.config)}
-        return kind.config.from_dict(options | {n: v for n, v in widths.items() if n in fields}).resolved()
+        config = kind.config.from_dict(options | {n: v for n, v in widths.items() if n in fields}).resolved()
+        config.check_pretraining()
+        return config
 
     def to_flat(self) -> dict[str, Any]:
         """All fields on one level, the FFN kind's options among them, as YAML files and flags give them."""

@@ -91,9 +91,9 @@ class _Run:
     def __init__(self, config: PretrainConfig, output: Path, *, resumed: bool = False) -> None:
         self.config = config
         self.output = output
+        arguments = training_arguments(config, output)  # before any work: it refuses what transformers would
         self.text = read_text(config, output / "tokenizer" if resumed else None)
         self.stages = plan_stages(config, self._steps())
-        arguments = training_arguments(config, output)
         devices = torch.accelerator.device_count()
         if processes.count() == 1 and devices > 1:
             say(

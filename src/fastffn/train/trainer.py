@@ -57,7 +57,7 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if parameter.ndim >= 2 and name.startswith(inside):
+        if name in decay_names and name.startswith(inside):
             groups[SWITCHED].append((name, parameter))
         else:
             groups[0 if name in decay_names else 1].append((name, parameter))
@@ -175,6 +175,11 @@ class RunTrainer(Trainer):
         for callback in (watch, clock, StageEnd(stage), _RestoreRates(self)):
             if callback is not None:
                 self.add_callback(callback)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """See `Trainer.get_decay_parameter_names`; a kind may have biases that are not called so."""
+        biases = {f"{path}.{name}" for path, ffn in fastffn_modules(model) for name in ffn.BIASES}
+        return [name for name in super().get_decay_parameter_names(model) if name not in biases]
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
