@@ -160,6 +160,7 @@ def test_bench_layer(tmp_path) -> None:
     assert {row["tokens"] for row in result["rows"]} == {2, 5}
     assert "5 tokens, forward + backward: " in done.stderr
     assert [path.name for path in output.parent.iterdir()] == ["layer.json"]
+    refused(run(*LAYER, "--plot", tmp_path / "plot.txt"), "plot.txt; the plot is a PNG file")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 
 import fastffn.hf  # noqa: F401  (so that checkpoints load)
 from fastffn.cli.commands import cli
+from fastffn.convert.convert_command import checkpoint_directory
 from fastffn.convert.match import fastffn_modules
 from fastffn.errors import FastFFNError
 from tests.cli.test_cli import refused, run
@@ -135,7 +137,7 @@ def test_length_of_calibration_sequences(tmp_path, words, monkeypatch) -> None:
     monkeypatch.setattr(fastffn.data.batches, "text_batches", counted)
     source = saved("gpt2", tmp_path / "in", words)
     options = ["--ffn", "low_rank", "--calibration", words / "text.txt", "--calibration-tokens", 300]
-    for number, (asked, got) in enumerate({10: 10, 5000: make("gpt2").config.max_position_embeddings - 2}.items()):
+    for number, (asked, got) in enumerate({10: 10, 5000: make("gpt2").config.max_position_embeddings}.items()):
         result = call(source, tmp_path / f"out{number}", *options, "--calibration-sequence", asked)
         assert result.exit_code == 0, result.exception
         assert max(lengths) == got, lengths
@@ -143,6 +145,40 @@ def test_length_of_calibration_sequences(tmp_path, words, monkeypatch) -> None:
 
 
 LOW_RANK = ["--ffn", "low_rank", "--rank", "5"]
+
+
+def test_calibration_in_another_column(tmp_path, words) -> None:
+    """The error that a data set without `text` gets names an option that there is."""
+    source = saved("gpt2", tmp_path / "in", words)
+    rows = [{"content": (words / "text.txt").read_text()[n : n + 400]} for n in range(0, 4000, 400)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [*LOW_RANK, "--calibration", tmp_path / "rows.jsonl", "--calibration-tokens", 300]
+    failed(call(source, tmp_path / "out", *options), "--text-column")
+    assert call(source, tmp_path / "out", *options, "--text-column", "content").exit_code == 0
+
+
+def test_a_name_on_a_hub_has_its_tokenizer_too(tmp_path, words, monkeypatch) -> None:
+    """All of a snapshot but the weights, which are loaded when they are needed."""
+    import huggingface_hub
+    from transformers.utils import hub
+
+    there, here = saved("gpt2", tmp_path / "there", words), tmp_path / "here"
+    here.mkdir()
+
+    def cached_file(name, file):
+        return shutil.copy(there / file, here / file)
+
+    def snapshot_download(name, *, allow_patterns):
+        for file in there.iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                shutil.copy(file, here / file.name)
+
+    monkeypatch.setattr(hub, "cached_file", cached_file)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert checkpoint_directory("somebody/model") == here
+    found = {file.name for file in here.iterdir()}
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= found
+    assert not found & {"model.safetensors", "training_args.bin"}
 
 
 def test_sources_that_are_none(tmp_path, words) -> None:
@@ -210,9 +246,9 @@ def test_within_a_budget(tmp_path, words, monkeypatch) -> None:
     source = saved("gpt2", tmp_path / "in", words)
     result = budgeted(source, tmp_path / "out", words, "--max-loss-increase", "300%", "--ffn", "low_rank,narrow")
     assert result.exit_code == 0, result.output
-    assert "a loss at most 300 % higher, on 370 held-out tokens:" in result.stdout and "taken" in result.stdout
+    assert "a loss at most 300 % higher, on 368 held-out tokens:" in result.stdout and "taken" in result.stdout
     stored = json.loads((tmp_path / "out" / "conversion.json").read_text())
-    assert stored["held_out_tokens"] == 370 and stored["chosen"]["changed"] == 2
+    assert stored["held_out_tokens"] == 368 and stored["chosen"]["changed"] == 2
     assert (tmp_path / "out" / "tradeoff.png").exists()
     loaded = type(make("gpt2")).from_pretrained(tmp_path / "out")
     assert len(list(fastffn_modules(loaded))) == 2
@@ -238,6 +274,10 @@ def test_within_a_budget(tmp_path, words, monkeypatch) -> None:
         (["--max-loss-increase", "2%", "--calibration-tokens", "100000"], ["nothing is left to measure on"]),
         (["--ffn", "low_rank", "--force"], ["--force and --speed-at belong to a budget"]),
         ([], ["Name a kind with --ffn, or a budget"]),
+        (
+            ["--max-loss-increase", "2%", "--ffn", "narrow,block"],
+            ["The kind 'block' has no sizes to search for", "low_rank", "without one: --ffn block and its options"],
+        ),
     ],
 )
 def test_budgets_that_are_refused(options, said, tmp_path, words) -> None:

@@ -56,6 +56,9 @@ def test_too_little_text(words, tmp_path) -> None:
     (tmp_path / "text.txt").write_text("the cat\n")
     with pytest.raises(DataError, match="is empty after 1 in 20"):
         token_sequences(str(tmp_path / "text.txt"), words, 12)
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(DataError, match=r"empty\.txt\) is empty\. Give more text\.$"):
+        token_sequences(str(tmp_path / "text.txt"), words, 12, validation=str(tmp_path / "empty.txt"))
     with pytest.raises(DataError, match="no room for text beside 2"):
         token_sequences(str(tmp_path / "text.txt"), words, 2)
 

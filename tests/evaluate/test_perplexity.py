@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import fastffn
 from fastffn import LowRankConfig
+from fastffn.cli.commands import cli
 from fastffn.errors import CheckpointError, ConfigError, DataError
 from fastffn.evaluate.perplexity import evaluate_perplexity, windows
 from tests.conftest import tiny_gpt2_config
@@ -153,3 +155,13 @@ def test_a_corrupt_model_is_named(model, text) -> None:
     weights.write_bytes(weights.read_bytes()[:-50])
     with pytest.raises(CheckpointError, match=str(model)):
         evaluate_perplexity(model, str(text))
+
+
+def test_text_without_white_space(model, tmp_path) -> None:
+    """The perplexity of such long words would be no number."""
+    (tmp_path / "text.txt").write_text("没有空格" * 150, encoding="utf-8")
+    result = evaluate_perplexity(model, str(tmp_path / "text.txt"))
+    assert result["word_perplexity"] is None
+    assert result["token_perplexity"] == pytest.approx(math.exp(result["nll"] / result["tokens"]))
+    shown = CliRunner().invoke(cli, ["evaluate", "perplexity", str(model), "--data", str(tmp_path / "text.txt")])
+    assert shown.exit_code == 0 and "perplexity per word   none" in shown.output

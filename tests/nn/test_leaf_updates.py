@@ -8,15 +8,19 @@ from torch import nn
 
 from fastffn import LeafTreeConfig, LeafTreeFFN
 from fastffn.errors import ConfigError
-from fastffn.nn.leaf_updates import LEAF_TENSORS, LeafUpdates
+from fastffn.nn.leaf_updates import LeafUpdates
 
 
-def tree() -> LeafTreeFFN:
-    return LeafTreeFFN(LeafTreeConfig(d_model=4, depth=2, leaf_width=3, decisions="hard"))
+def tree(gated: bool = False) -> LeafTreeFFN:
+    return LeafTreeFFN(LeafTreeConfig(d_model=4, depth=2, leaf_width=3, decisions="hard", gated=gated))
 
 
 def leaf_parameters(ffn: LeafTreeFFN) -> list[nn.Parameter]:
-    return [ffn.get_parameter(name) for name in LEAF_TENSORS]
+    return [ffn.get_parameter(name) for name in leaf_tensors(ffn)]
+
+
+def leaf_tensors(ffn: LeafTreeFFN) -> list[str]:
+    return [name for name, _ in ffn.named_parameters() if name.startswith("leaf_")]
 
 
 def backward(ffn: LeafTreeFFN, x: torch.Tensor) -> None:
@@ -52,9 +56,10 @@ def test_same_effect_as_the_published_optimizer() -> None:
     assert updated > 4 and waited > 4
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adagrad, torch.optim.RMSprop])
-def test_waiting_leaves_keep_values_and_states(make) -> None:
-    ffn = tree()
+def test_waiting_leaves_keep_values_and_states(make, gated) -> None:
+    ffn = tree(gated)
     optimizer = make(ffn.parameters(), lr=0.1)
     LeafUpdates(optimizer, ffn, samples=10)
     with torch.no_grad():  # right, then left: leaf 2
@@ -65,7 +70,7 @@ def test_waiting_leaves_keep_values_and_states(make) -> None:
         optimizer.zero_grad()
         backward(ffn, torch.randn(5, 4))
         optimizer.step()
-        for name in LEAF_TENSORS:
+        for name in leaf_tensors(ffn):
             moved = (ffn.get_parameter(name) != start.get_parameter(name)).flatten(1).any(1).tolist()
             assert moved == [False, False, step >= 1, False], (step, name)
             for value in optimizer.state[ffn.get_parameter(name)].values():

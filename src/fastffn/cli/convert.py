@@ -8,12 +8,13 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastffn.cli.options import json_option, option_for, path_argument
+from fastffn.cli.options import json_option, option_for, path_argument, text_options
 from fastffn.errors import ConfigError, DataError
 from fastffn.registry import get_kind
 from fastffn.train.config import ffn_option_types
@@ -36,6 +37,7 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 @click.option("--held-out-tokens", type=int, default=4096, show_default=True, help="To measure the budget on.")
 @click.option("--force", is_flag=True, help="Write the least harmful change if none keeps the budget.")
 @click.option("--calibration", metavar="TEXT", help="File, folder, glob, data set name or directory, or python-docs.")
+@text_options
 @click.option("--calibration-tokens", type=int, default=16384, show_default=True, help="How much of it to read.")
 @click.option(
     "--calibration-sequence", type=int, default=512, show_default=True, help="Tokens in a sequence of it at most."
@@ -57,6 +59,8 @@ def command(
     held_out_tokens: int,
     force: bool,
     calibration: str | None,
+    text_column: str,
+    document_separator: str,
     calibration_tokens: int,
     calibration_sequence: int,
     layers: str | None,
@@ -95,6 +99,7 @@ def command(
         raise ConfigError(f"--calibration-sequence is {calibration_sequence}; it must be at least 4.")
     transformers_logging.disable_progress_bar()  # for each checkpoint read or written: it would tear our lines apart
 
+    read = partial(_batches, column=text_column, separator=document_separator, sequence=calibration_sequence)
     change: Callable[[Any, Path], Any]
     if budget is None:
         if ffn is None:
@@ -109,7 +114,7 @@ def command(
             chosen = layers_and_patterns(model, layers, patterns)
             batches = None
             if calibration is not None:
-                batches = _batches(model, directory, calibration, calibration_tokens, calibration_sequence)
+                batches = read(model, directory, calibration, calibration_tokens)
             report = convert(model, config, calibration=batches, filter=chosen)
             return report.measured(model) if measure else report
 
@@ -123,7 +128,7 @@ def command(
         def change(model: Any, directory: Path) -> BudgetReport:
             chosen = layers_and_patterns(model, layers, patterns)
             count = calibration_tokens + held_out_tokens
-            batches = list(_batches(model, directory, calibration, count, calibration_sequence))
+            batches = list(read(model, directory, calibration, count))
             shown, held_out = _parted(batches, calibration_tokens)
             report = convert_within(
                 model,
@@ -186,21 +191,23 @@ def _parted(batches: list[dict[str, Any]], calibration_tokens: int) -> tuple[lis
     return shown, held_out
 
 
-def _batches(model: Any, directory: Path, data: str, tokens: int, sequence: int) -> Iterator[Any]:
+def _batches(
+    model: Any, directory: Path, data: str, tokens: int, *, column: str, separator: str, sequence: int
+) -> Iterator[Any]:
     """The calibration text as the model reads it, counted on the screen."""
+    from fastffn.convert.loading import longest_sequence
     from fastffn.data.batches import text_batches
     from fastffn.data.text import find_text
     from fastffn.data.tokenizer import load_tokenizer
 
-    source = find_text(data)
+    source = find_text(data, column=column, separator=separator)
     tokenizer = load_tokenizer(str(directory), end_of_text=False)
     if len(tokenizer) > model.config.vocab_size:
         raise DataError(
             f"The tokenizer in {directory} has {len(tokenizer)} tokens, the model {model.config.vocab_size}: they do "
             "not belong together."
         )
-    # Two positions less than there are: RoBERTa's begin at 2.
-    limit = (getattr(model.config, "max_position_embeddings", None) or sequence + 2) - 2
+    limit = longest_sequence(model.config) or sequence
     batches = text_batches(source, tokenizer, sequence=min(sequence, limit), tokens=tokens)
     return _counted(batches, tokens)
 

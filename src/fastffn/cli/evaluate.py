@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from fastffn.cli.options import json_option, path_argument
+from fastffn.cli.options import json_option, path_argument, text_options
 
 
 @click.group(name="evaluate")
@@ -24,15 +24,7 @@ def command() -> None:
 @path_argument("model")
 @click.option("--data", required=True, help="File, folder, glob, data set name or directory, or python-docs.")
 @click.option("--split", help="Split of a data set.  [default: train]")
-@click.option(
-    "--text-column", default="text", show_default=True, help="Column or key that holds the text, where there are such."
-)
-@click.option(
-    "--document-separator",
-    default="<|endoftext|>",
-    show_default=True,
-    help="Line that ends a document in text files; 'blank': blank lines; empty: a file is a document.",
-)
+@text_options
 @click.option("--tokenizer", help="Directory or hub name.  [default: the model's own]")
 @click.option("--context", type=int, help="Tokens that the model sees at once.  [default: as many as it can]")
 @click.option("--stride", type=int, help="Tokens between windows, each scored once.  [default: half the context]")
@@ -72,11 +64,12 @@ def perplexity(
     if as_json:
         click.echo(json.dumps(result))
         return
+    words = result["word_perplexity"]
     click.echo(
         f"{result['tokens']:,} tokens, {result['words']:,} words, {result['bytes']:,} bytes; context "
         f"{result['context']}, stride {result['stride']}\n"
         f"perplexity per token  {result['token_perplexity']:.3f}\n"
-        f"perplexity per word   {result['word_perplexity']:.3f}\n"
+        f"perplexity per word   {'none' if words is None else f'{words:.3f}'}\n"
         f"bits per byte         {result['bits_per_byte']:.4f}"
     )
 

@@ -15,6 +15,23 @@ def json_option(command: Any) -> Any:
     return click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON.")(command)
 
 
+def text_options(command: Any) -> Any:
+    """Adds `--text-column` and `--document-separator` to a command that reads text."""
+    separator = click.option(
+        "--document-separator",
+        default="<|endoftext|>",
+        show_default=True,
+        help="Line that ends a document in text files; 'blank': blank lines; empty: a file is a document.",
+    )
+    column = click.option(
+        "--text-column",
+        default="text",
+        show_default=True,
+        help="Column or key that holds the text, where there are such.",
+    )
+    return column(separator(command))
+
+
 def path_argument(name: str, **settings: Any) -> Callable[[Any], Any]:
     """A positional argument that is a path."""
     return click.argument(name, type=click.Path(path_type=Path), **settings)

@@ -21,7 +21,7 @@ from fastffn.registry import kind_of
 
 # Written by training, not part of the model; `merge` leaves them behind.
 _TRAINING_FILES = {"conversion.json", "trainer_state.json", "stage.json", "complete.json", "config.json", INDEX}
-_MODEL_FILE_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
+MODEL_FILE_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def merge_checkpoint(source: Path, target: Path, *, max_shard_bytes: int = 50_00
 def copy_model_files(source: Path, target: Path) -> None:
     """Copies what lies beside a model's weights (tokenizer, generation settings), but for what `target` has already."""
     for file in sorted(source.iterdir()):
-        wanted = file.suffix in _MODEL_FILE_SUFFIXES and file.name not in _TRAINING_FILES
+        wanted = file.suffix in MODEL_FILE_SUFFIXES and file.name not in _TRAINING_FILES
         if wanted and file.is_file() and not (target / file.name).exists():
             shutil.copyfile(file, target / file.name)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from fastffn.convert.checkpoint import copy_model_files
+from fastffn.convert.checkpoint import MODEL_FILE_SUFFIXES, copy_model_files
 from fastffn.convert.files import new_directory
 from fastffn.convert.loading import load_model, model_class_of, read_config
 from fastffn.errors import CheckpointError, ConversionError
@@ -58,11 +58,12 @@ def convert_checkpoint(source: str, target: Path, change: Callable[[Any, Path], 
 
 
 def checkpoint_directory(source: str) -> Path:
-    """The directory in which a checkpoint's files are.
+    """The directory in which a checkpoint's files are, those of a hub's name but for its weights.
 
     Raises:
         CheckpointError: there is none.
     """
+    from huggingface_hub import snapshot_download
     from transformers.utils.hub import cached_file
 
     directory = Path(source).expanduser()
@@ -76,7 +77,9 @@ def checkpoint_directory(source: str) -> Path:
     if directory.exists() or source.startswith((".", "/", "~")):
         raise CheckpointError(f"{source} is not a directory; name the directory of a checkpoint.")
     try:
-        return Path(str(cached_file(source, "config.json"))).parent
+        directory = Path(str(cached_file(source, "config.json"))).parent  # its errors say what to do
+        snapshot_download(source, allow_patterns=[f"*{suffix}" for suffix in sorted(MODEL_FILE_SUFFIXES)])
+        return directory
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{source} is neither a directory nor a model that can be loaded: {reason}") from error

@@ -46,6 +46,14 @@ def model_class_of(config_json: dict[str, Any], where: object) -> Any:
     return architecture
 
 
+def longest_sequence(config: Any) -> int | None:
+    """Tokens that the model of a transformers configuration takes at once; None if it does not say."""
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    if limit is not None and "roberta" in getattr(config, "model_type", ""):
+        return limit - (config.pad_token_id or 0) - 1  # its positions begin after the padding token's number
+    return limit
+
+
 def is_causal(architecture: str) -> bool:
     """Whether the model class of that name is a causal language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

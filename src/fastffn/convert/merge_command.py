@@ -9,7 +9,7 @@ import torch
 
 from fastffn.convert.checkpoint import merge_checkpoint
 from fastffn.convert.files import new_directory
-from fastffn.convert.loading import load_model, model_class_of, read_config
+from fastffn.convert.loading import load_model, longest_sequence, model_class_of, read_config
 from fastffn.errors import CheckpointError
 
 
@@ -48,8 +48,7 @@ def merge_and_compare(source: Path, target: Path, *, check: bool = True) -> dict
 def output_on_random_tokens(checkpoint: Path, tokens: int = 64) -> torch.Tensor:
     """What a model of the architecture that the checkpoint names puts out first, in float32, on fixed random tokens."""
     model = load_model(model_class_of(read_config(checkpoint), checkpoint), checkpoint).eval()
-    # Positions of RoBERTa begin at 2.
-    limit = (getattr(model.config, "max_position_embeddings", None) or tokens + 2) - 2
+    limit = longest_sequence(model.config) or tokens
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (1, max(1, min(tokens, limit))), generator=generator)
     output: torch.Tensor = model(input_ids=ids)[0].float()

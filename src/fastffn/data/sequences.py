@@ -90,9 +90,10 @@ def token_sequences(
         found[1] = [row for _, row in _rows(backend, other, None, None)]
     for name, rows in (("train", found[0]), ("validation", found[1])):
         if not rows:
+            after = "" if other else f" after 1 in {every} of its parts is held out"
             raise DataError(
-                f"The {name} text ({data if name == 'train' else validation or data}) is empty after 1 in {every} of "
-                "its parts is held out. Give more text, or text to validate on with --validation."
+                f"The {name} text ({data if name == 'train' else validation or data}) is empty{after}. Give more text"
+                f"{'' if other else ', or text to validate on with --validation'}."
             )
     stamp = f"{source.identity} {other.identity if other else every} {longest} {backend.to_str()}"
     return TokenSequences(

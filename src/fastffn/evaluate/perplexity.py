@@ -54,7 +54,8 @@ def evaluate_perplexity(
         batch: windows at a time; None: 8, or as many as make 8,192 tokens where that is less.
 
     Returns:
-        `token_perplexity`, `word_perplexity`, `bits_per_byte`, `nll` (nats in all), the counts, and what was used.
+        `token_perplexity`, `word_perplexity` (None for text without white space), `bits_per_byte`, `nll` (nats in
+        all), the counts, and what was used.
 
     Raises:
         CheckpointError: the model is missing or corrupt.
@@ -109,7 +110,8 @@ def evaluate_perplexity(
     scored = len(tokens) - 1
     return {
         "token_perplexity": math.exp(nll / scored),
-        "word_perplexity": math.exp(nll / max(1, n_words)),
+        # Chinese has no white space between words: what there is then is no number of words.
+        "word_perplexity": math.exp(nll / n_words) if nll < 700 * n_words else None,
         "bits_per_byte": nll / (math.log(2) * n_bytes),
         "nll": nll,
         "tokens": scored,

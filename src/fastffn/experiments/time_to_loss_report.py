@@ -9,6 +9,7 @@ from typing import Any
 from tabulate import tabulate
 
 from fastffn.convert.architectures import get_architecture
+from fastffn.convert.files import write_figure
 
 HEADERS = {"flops": "FLOPs", "seconds": "seconds"}
 
@@ -179,12 +180,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.set_title("Where complete runs end")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="x-small", ncols=2)
-    partial = path.with_name(f".{path.name}.partial.png")
-    try:
-        figure.savefig(partial, dpi=120)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_figure(path, figure)
 
 
 def _has_widths(result: dict[str, Any]) -> bool:

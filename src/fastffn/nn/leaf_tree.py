@@ -17,7 +17,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -73,9 +73,6 @@ class LeafTreeConfig(FFNConfig):
     leaf_dropout: float = 0.0
     hardening_weight: float = 0.0
     balance_weight: float = 0.0
-
-    # The largest depth that is accepted.
-    MAX_DEPTH: ClassVar[int] = MAX_DEPTH
 
     def __post_init__(self) -> None:
         """See `FFNConfig.__post_init__`."""

@@ -15,7 +15,7 @@ from fastffn.errors import ConfigError
 from fastffn.nn.leaf_tree import LeafTreeFFN
 from fastffn.nn.usage import counts_of
 
-LEAF_TENSORS = ("leaf_up_weight", "leaf_up_bias", "leaf_down_weight", "leaf_down_bias")
+LEAF_TENSORS = tuple(f"leaf_{linear}_{part}" for linear in ("up", "gate", "down") for part in ("weight", "bias"))
 
 
 class LeafUpdates:
@@ -73,8 +73,8 @@ class LeafUpdates:
             scale = torch.where(ready, self.samples / tokens.clamp_min(1), 1.0)
             waiting = (~ready).nonzero().squeeze(1)
             for name in LEAF_TENSORS:
-                parameter = tree.get_parameter(name)
-                if parameter.grad is None:
+                parameter = getattr(tree, name)  # None: it is not gated, or has no biases
+                if parameter is None or parameter.grad is None:
                     continue
                 if parameter in self._waiting_gradients:
                     parameter.grad += self._waiting_gradients.pop(parameter)

@@ -10,7 +10,7 @@ from typing import Any
 from tabulate import tabulate
 
 from fastffn.convert.architectures import get_architecture
-from fastffn.convert.files import write_json, write_text
+from fastffn.convert.files import write_figure, write_json, write_text
 
 BASELINES = ("dense", "dense_equal_tokens")
 TWO_STAGE = ("warmup", "stage1", "stage2")
@@ -275,12 +275,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes.set_title("Validation loss over training time")
     axes.grid(alpha=0.3)
     axes.legend()
-    partial = path.with_name(f".{path.name}.partial.png")
-    try:
-        figure.savefig(partial, dpi=120)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_figure(path, figure)
 
 
 def _line(axes: Any, curve: list[dict[str, float]], label: str, color: str, style: str) -> None:

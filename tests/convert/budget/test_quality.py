@@ -106,3 +106,14 @@ def test_a_subclass_of_a_language_model_is_one() -> None:
     assert Budget(max_loss_increase=0.1).meter(model, batches()).dense == (
         Budget(max_loss_increase=0.1).meter(make("qwen2"), batches()).dense
     )
+
+
+def test_padding_may_be_on_either_side() -> None:
+    right = batches()
+    left = [{name: value.clone() for name, value in batch.items()} for batch in right]
+    for name in ("input_ids", "attention_mask"):
+        left[0][name][1] = right[0][name][1].roll(5)
+    assert left[0]["attention_mask"][1, :5].sum() == 0
+    model = make("qwen2").eval()
+    one, other = (Budget(max_loss_increase=0.1).meter(model, padded) for padded in (right, left))
+    assert one.tokens == other.tokens and one.dense == other.dense

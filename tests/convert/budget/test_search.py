@@ -162,3 +162,16 @@ def test_what_is_refused() -> None:
     fastffn.convert(model, LowRankConfig(rank=2))
     with pytest.raises(ConversionError, match="holds FastFFN modules already"):
         within(model, Budget(max_loss_increase=1.0))
+
+
+def test_a_change_that_does_no_damage() -> None:
+    """Staying dense is a choice all the same: it is what the others are compared with."""
+    model = make("bert").eval()
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.weight.zero_()
+    report = within(model, Budget(min_similarity=0.9999999), kinds_to_try=["narrow"])
+    assert report.curve[0].plan.changed == 0
+    assert [layer.path for layer in report.conversion.layers if layer.config is not None] == [
+        "encoder.layer.1.intermediate"
+    ]
+    assert report.chosen.plan.changed == 1

@@ -5,8 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import GPT2Config, RobertaConfig, RobertaModel
 
-from fastffn.errors import DataError
+from fastffn.convert.loading import longest_sequence
+from fastffn.errors import ConfigError, DataError
 from fastffn.train.distill.models import Pair
 from fastffn.train.distill.text import read_distill_text
 from tests.data.test_sequences import WORDS
@@ -65,3 +68,18 @@ def test_sequences_need_padding(text, tmp_path, tokenizer) -> None:
     config = SimpleNamespace(vocab_size=300, max_position_embeddings=32)
     with pytest.raises(DataError, match="has no pad_token"):
         read_distill_text(tiny((tmp_path, tmp_path), text), Pair(tmp_path, tmp_path, None, "states", config))
+
+
+def test_longest_sequences(bert_pair, text) -> None:
+    """The limit that the error advises is one that the model takes: RoBERTa's positions begin after the padding's."""
+    pair = bert_pair("masked", model_type="xlm-roberta", pad_token_id=1, max_position_embeddings=34)
+    with pytest.raises(ConfigError, match="sequence is 33; the model takes 32 tokens at most"):
+        read_distill_text(tiny((pair.student, pair.teacher), text, sequence=33), pair)
+    read_distill_text(tiny((pair.student, pair.teacher), text, sequence=32), pair)
+    config = RobertaConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+        max_position_embeddings=34, pad_token_id=1,
+    )  # fmt: skip
+    assert longest_sequence(config) == 32
+    RobertaModel(config)(torch.full((1, 32), 5))
+    assert longest_sequence(GPT2Config(n_positions=34)) == 34

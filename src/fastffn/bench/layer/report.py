@@ -7,6 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fastffn.convert.files import write_figure
 from fastffn.nn import FFNConfig
 
 
@@ -91,4 +92,4 @@ def plot_layer(result: dict[str, Any], path: Path) -> None:
         f"{machine['threads']} threads",
         fontsize="small",
     )
-    figure.savefig(path, dpi=120)
+    write_figure(path, figure)

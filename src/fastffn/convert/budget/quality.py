@@ -118,13 +118,9 @@ class Meter(ABC):
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
                 if tokens is not None and read >= tokens:
                     return
-                length = int(mask.sum())
-                read += length
-                # Padding is at the end.
-                yield {
-                    "input_ids": ids[None, :length].to(device),
-                    "attention_mask": mask[None, :length].to(device),
-                }
+                kept = mask.bool()  # padding may be on either side
+                read += int(kept.sum())
+                yield {"input_ids": ids[kept][None].to(device), "attention_mask": mask[kept][None].to(device)}
 
 
 class LossMeter(Meter):

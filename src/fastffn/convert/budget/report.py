@@ -8,7 +8,7 @@ from typing import Any
 
 from fastffn.convert.budget.plans import Plan
 from fastffn.convert.budget.quality import Quality
-from fastffn.convert.files import write_json
+from fastffn.convert.files import write_figure, write_json
 from fastffn.convert.report import ConversionReport
 
 
@@ -85,4 +85,4 @@ class BudgetReport:
         axes.set_ylabel("damage (KL in nats, or 1 - cosine)")
         axes.legend()
         figure.tight_layout()
-        figure.savefig(file, dpi=120)
+        write_figure(file, figure)

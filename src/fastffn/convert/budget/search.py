@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,6 +83,13 @@ def convert_within(
         raise ConfigError(f"tokens is {tokens}; it must be at least 1.")
     dense = {path: family.dense_config(model, path) for path in paths}
     like = next(model.parameters())
+    for name in kinds_to_try or ():
+        if not any(get_kind(name).config.sizes_for(own) for own in dense.values()):
+            having = [other for other in kinds() if any(get_kind(other).config.sizes_for(d) for d in dense.values())]
+            raise ConfigError(
+                f"The kind '{name}' has no sizes to search for; kinds that have some: {', '.join(having)}. Within a "
+                f"budget name those, or none for all of them; without one: --ffn {name} and its options."
+            )
     sizes = {own: _fast_sizes(own, kinds_to_try, tokens, like) for own in set(dense.values())}
     if not any(sizes[own][1] for own in sizes):
         raise NothingPaysError(
@@ -103,7 +111,9 @@ def convert_within(
             errors = {config: made.make(path, config, rows, others) for config in configs}
             sensitivity = _sensitivity(made, meter, path, errors)
             choices[path] = [Choice(None, seconds, 0.0)] + [
-                Choice(config, own, sensitivity * errors[config]) for config, own in configs.items()
+                # Above that of staying dense, which is a choice even where another one does no damage.
+                Choice(config, own, max(sensitivity * errors[config], sys.float_info.min))
+                for config, own in configs.items()
             ]
             _log.info("%s: %d sizes made (%d of %d)", path, len(configs), number + 1, len(paths))
         return _best(made, meter, budget, plans(choices), found, force)

@@ -26,8 +26,6 @@ from fastffn.ops.triton_sort import Sorted, group_of, sort_by_group, tiles_at_mo
 
 # Tokens of a tile.
 TILE = 64
-# Levels of either part: more columns than these nodes do not fit a product's registers.
-MOST_LEVELS = 7
 
 
 def cut_of(levels: int) -> int:

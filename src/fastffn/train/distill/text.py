@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastffn.convert.loading import longest_sequence
 from fastffn.data import blocks
 from fastffn.data.masking import Masking
 from fastffn.data.sequences import pad, token_sequences
@@ -56,7 +57,7 @@ def read_distill_text(config: DistillConfig, pair: Pair) -> DistillText:
         DataError: no text, too little, or a tokenizer that does not fit.
         ConfigError: sequences are longer than the model takes.
     """
-    limit = getattr(pair.config, "max_position_embeddings", None)
+    limit = longest_sequence(pair.config)
     if limit is not None and config.sequence > limit:
         raise ConfigError(f"sequence is {config.sequence}; the model takes {limit} tokens at most.")
     tokenizer = _tokenizer(pair)
