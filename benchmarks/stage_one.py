@@ -249,7 +249,7 @@ def variants() -> dict[str, Variant]:
         "first-dense-guided": Variant(first, Guide(200)),
         "rank-guided": Variant(everywhere, Guide(350)),
         "narrow-batch-2": Variant(narrow, LargerBatch(2, 1.0)),
-        "narrow-batch-2-rate-1.4": Variant(narrow, LargerBatch(2, 1.4)),
+        "narrow-batch-2-faster": Variant(narrow, LargerBatch(2, 1.4)),
     }
 
 
@@ -307,7 +307,7 @@ def main() -> None:
     )  # fmt: skip
     for name in args.names or variants():
         directory = args.output / f"{name}-seed-{args.seed}"
-        kept = directory.with_suffix(".json")
+        kept = args.output / f"{directory.name}.json"
         if not kept.is_file():
             found = train(variants()[name], base, args.seed, directory)
             write_json(kept, {"variant": name, "seed": args.seed, **found})
