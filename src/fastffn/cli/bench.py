@@ -104,7 +104,7 @@ def layer(
     chosen = {name: value for name, value in fields.items() if value is not None}
     config = get_kind(ffn).config.from_dict({"d_model": d_model, **chosen}).resolved()
     case = LayerCase(config=config, tokens=_numbers(tokens), **options)
-    if plot is not None and plot.suffix != ".png":
+    if plot is not None and plot.suffix.lower() != ".png":
         raise ConfigError(f"--plot is {plot}; the plot is a PNG file, whose name ends in .png.")
     for path in (output, plot):
         if path is not None:

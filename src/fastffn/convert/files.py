@@ -52,16 +52,23 @@ def make_directory(path: Path) -> None:
         raise OutputError(f"{path} may not be written into; name another directory.")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name, then renames it."""
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[Path]:
+    """A temporary name to write to; in the end the file gets its own, unless there was an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         flush(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    with _new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def flush(path: Path) -> None:
@@ -80,12 +87,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_figure(path: Path, figure: Any) -> None:
     """Writes a figure of matplotlib as a PNG file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+    with _new_file(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

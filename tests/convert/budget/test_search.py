@@ -131,6 +131,9 @@ def test_nothing_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     before = state(model)
     with pytest.raises(NothingPaysError, match=r"at 5 tokens a call no size of narrow, low_rank is 1.05 times"):
         within(model, Budget(max_loss_increase=1.0), tokens=5, kinds_to_try=["narrow", "low_rank"])
+    # Of all kinds, those that have sizes.
+    with pytest.raises(NothingPaysError, match="no size of int8, low_rank, narrow is"):
+        within(model, Budget(max_loss_increase=1.0), tokens=5)
     assert same(before, state(model))
 
 

@@ -83,18 +83,12 @@ def convert_within(
         raise ConfigError(f"tokens is {tokens}; it must be at least 1.")
     dense = {path: family.dense_config(model, path) for path in paths}
     like = next(model.parameters())
-    for name in kinds_to_try or ():
-        if not any(get_kind(name).config.sizes_for(own) for own in dense.values()):
-            having = [other for other in kinds() if any(get_kind(other).config.sizes_for(d) for d in dense.values())]
-            raise ConfigError(
-                f"The kind '{name}' has no sizes to search for; kinds that have some: {', '.join(having)}. Within a "
-                f"budget name those, or none for all of them; without one: --ffn {name} and its options."
-            )
-    sizes = {own: _fast_sizes(own, kinds_to_try, tokens, like) for own in set(dense.values())}
+    names = _tried(kinds_to_try, set(dense.values()))
+    sizes = {own: _fast_sizes(own, names, tokens, like) for own in set(dense.values())}
     if not any(sizes[own][1] for own in sizes):
         raise NothingPaysError(
             f"Nothing pays here: at {tokens} token{'s' if tokens > 1 else ''} a call no size of "
-            f"{', '.join(_names(kinds_to_try))} is {WORTHWHILE} times as fast as the dense FFN on this machine."
+            f"{', '.join(names)} is {WORTHWHILE} times as fast as the dense FFN on this machine."
         )
 
     meter = budget.meter(model, held_out)
@@ -119,16 +113,24 @@ def convert_within(
         return _best(made, meter, budget, plans(choices), found, force)
 
 
-def _names(kinds_to_try: Sequence[str] | None) -> list[str]:
-    return list(kinds_to_try) if kinds_to_try else list(kinds())
+def _tried(kinds_to_try: Sequence[str] | None, ffns: Iterable[DenseConfig]) -> list[str]:
+    """The kinds whose sizes are searched; one that is asked for and has none is refused."""
+    having = [name for name in kinds() if any(get_kind(name).config.sizes_for(own) for own in ffns)]
+    for name in kinds_to_try or ():
+        if get_kind(name).name not in having:
+            raise ConfigError(
+                f"The kind '{name}' has no sizes to search for; kinds that have some: {', '.join(having)}. Within a "
+                f"budget name those, or none for all of them; without one: --ffn {name} and its options."
+            )
+    return list(kinds_to_try or having)
 
 
 def _fast_sizes(
-    dense: DenseConfig, kinds_to_try: Sequence[str] | None, tokens: int, like: torch.Tensor
+    dense: DenseConfig, names: Sequence[str], tokens: int, like: torch.Tensor
 ) -> tuple[float, dict[FFNConfig, float]]:
     """Seconds of a dense FFN, and of every size that is faster."""
     fast, at_dense = {}, []
-    for name in _names(kinds_to_try):
+    for name in names:
         for config in get_kind(name).config.sizes_for(dense):
             with torch.device(like.device):
                 module = kind_of(config).module(config.fitted_to(dense)).to(like.dtype)
