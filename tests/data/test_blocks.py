@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,6 +161,15 @@ def test_tokenised_once(text_file, tokenizer, monkeypatch) -> None:
     for change in ({"block": 25}, {"validation_fraction": 0.1}, {"separator": "x"}):
         with pytest.raises((AssertionError, datasets.exceptions.DatasetGenerationError)):
             token_blocks(**{"data": str(text_file), "tokenizer": tokenizer, "block": 24, **change})
+
+
+def test_text_that_was_moved_is_not_tokenised_again(text_file, tokenizer, tmp_path) -> None:
+    first = token_blocks(str(text_file), tokenizer, 28)
+    (tmp_path / "elsewhere").mkdir()
+    moved = tmp_path / "elsewhere" / "other.txt"
+    shutil.copy(text_file, moved)
+    again = token_blocks(str(moved), tokenizer, 28)
+    assert (again.seconds, again.identity) == (0.0, first.identity)
 
 
 def test_another_layout_is_not_reused(text_file, tokenizer, monkeypatch) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import shutil
 import warnings
 
 import datasets
@@ -95,9 +96,13 @@ def test_a_change_changes_the_identity(tmp_path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one")
     before = find_text(str(path)).identity
-    assert find_text(str(path)).identity == before
     os.utime(path, ns=(1, 1))
+    assert find_text(str(path)).identity == before
+    path.write_text("two")
     assert find_text(str(path)).identity != before
+    # What reads it goes by the suffix.
+    shutil.copy(path, tmp_path / "a.csv")
+    assert find_text(str(tmp_path / "a.csv")).identity != find_text(str(path)).identity
 
 
 @pytest.fixture

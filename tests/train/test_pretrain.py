@@ -221,6 +221,10 @@ def test_changed_text_is_noticed(text_file, tmp_path) -> None:
     shutil.copy(text_file, text)
     pretrain(tiny(text, baseline=False), tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
+    # Fetched again, with another time: the same text.
+    shutil.copy(text_file, text)
+    pretrain(tiny(text, baseline=False), tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
     text.write_text("no machine forgets the long road.\n" * 2000)
     with pytest.raises(OutputError, match="has changed since the run"):
         pretrain(tiny(text, baseline=False), tmp_path / "run")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     import pyarrow
 
 # Changes when the same text and tokenizer would give other blocks: part of the fingerprint.
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 
 
 @dataclass
 class _Config(datasets.BuilderConfig):
     """All that the blocks depend on, in plain values: `datasets` makes the folder's name of them."""
 
-    source: dict[str, Any] | None = None
+    text: dict[str, str | None] | None = None
     tokenizer_json: str = ""
     end_of_text: int = 0
     block: int = 0
@@ -40,6 +40,7 @@ class TokenBlocksBuilder(datasets.ArrowBasedBuilder):
     """Writes the blocks as whole tables: row by row took eighty times as long (docs/log.md)."""
 
     BUILDER_CONFIG_CLASS = _Config
+    source: TextSource
     seconds = 0.0
 
     def _info(self) -> Any:
@@ -55,10 +56,9 @@ class TokenBlocksBuilder(datasets.ArrowBasedBuilder):
     def _generate_tables(self) -> Iterator[tuple[int, pyarrow.Table]]:
         begun = time.perf_counter()
         config = self.config
-        source = TextSource(**config.source | {"files": tuple(config.source["files"])})
         # The numbers are the tables' keys; `datasets` before 5 has no type for them.
         yield from enumerate(
-            block_tables(source, config.tokenizer_json, config.end_of_text, config.block, config.every)
+            block_tables(self.source, config.tokenizer_json, config.end_of_text, config.block, config.every)
         )
         self.seconds = time.perf_counter() - begun
 
@@ -78,13 +78,15 @@ def cached_rows(
     try:
         # Only what is given here is part of the fingerprint; the defaults above are not.
         builder = TokenBlocksBuilder(
-            source=asdict(source),
+            # Not where it lies: text that was moved or fetched again is the same text.
+            text={name: getattr(source, name) for name in ("identity", "kind", "split", "column", "separator")},
             tokenizer_json=tokenizer_json,
             end_of_text=end_of_text,
             block=block,
             every=every,
             layout=LAYOUT_VERSION,
         )
+        builder.source = source
         builder.download_and_prepare()
     except (OSError, datasets.exceptions.DatasetGenerationError) as error:
         # datasets wraps what was raised while the blocks were made; the user wants the cause.

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastffn.data.digest import file_digest
 from fastffn.data.files import FORMATS, Report, describe_formats, file_pieces, is_readable, suffixes
 from fastffn.data.pieces import Piece, pieces_of
 from fastffn.data.python_docs import python_docs
@@ -32,7 +33,7 @@ class TextSource:
         split: the split of a data set.
         column: the column or key that holds the text, where there are such.
         separator: the line that ends a document in text files; see `split_documents`.
-        identity: text that differs whenever what is read may differ.
+        identity: text that differs whenever what is read may differ; for files, what they hold and not where they are.
     """
 
     data: str
@@ -170,12 +171,10 @@ def _from_files(data: str, files: list[Path], column: str, separator: str | None
     stamps, total = [], 0
     for file in files:
         try:
-            with file.open("rb"):
-                status = file.stat()
+            stamps.append(f"{''.join(suffixes(file))} {file_digest(file)}")
+            total += file.stat().st_size
         except OSError as error:
             raise DataError(f"{file} cannot be read ({error.strerror}).") from error
-        stamps.append(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}")
-        total += status.st_size
     if not total:
         raise DataError(f"{data} is empty: {len(files)} file(s), not one byte of text.")
     return TextSource(

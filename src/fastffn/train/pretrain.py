@@ -71,7 +71,7 @@ def pretrain(config: PretrainConfig, output: Path, *, overwrite: bool = False) -
         if resumed and not on_main(lambda: rundir.same_text(output, run.text.identity)):
             if not overwrite:
                 raise OutputError(
-                    f"The text (its path, size or time), or the checkpoint to start from, has changed since the run in "
+                    f"The text, or the checkpoint to start from, has changed since the run in "
                     f"{output} was begun; its stages would not be comparable. Restore it, name another directory, or "
                     "pass --overwrite to start anew."
                 )

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastffn.convert.fresh import ModelShape
 from fastffn.data.blocks import TokenBlocks, token_blocks
+from fastffn.data.digest import file_digest
 from fastffn.data.masking import Masking
 from fastffn.data.text import find_text
 from fastffn.data.tokenizer import fits_vocabulary, load_tokenizer, train_tokenizer, training_size
@@ -194,6 +195,5 @@ def check_outside(output: Path, given: dict[str, str | None]) -> None:
 
 
 def weights_identity(directory: Path) -> list[str]:
-    """Name, size and time of each file of weights of a checkpoint."""
-    files = sorted(directory.glob("*.safetensors"))
-    return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    """Name and digest of each file of weights of a checkpoint."""
+    return [f"{file.name} {file_digest(file)}" for file in sorted(directory.glob("*.safetensors"))]

@@ -84,7 +84,7 @@ def distill(
         if resumed and not rundir.same_text(output, identity):
             if not overwrite:
                 raise OutputError(
-                    f"The text, the student or the teacher (path, size or time) has changed since the run in {output} "
+                    f"The text, the student or the teacher has changed since the run in {output} "
                     "was begun. Restore it, name another directory, or pass --overwrite to start anew."
                 )
             resumed = False
