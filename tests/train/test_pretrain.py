@@ -18,6 +18,7 @@ from fastffn import LowRankFFN
 from fastffn.errors import CheckpointError, ConfigError, DataError, OutputError, TrainingDivergedError
 from fastffn.train import pretrain as module
 from fastffn.train.config import PretrainConfig, get_preset
+from fastffn.train.gain import advice
 from fastffn.train.pretrain import pretrain
 from fastffn.train.text import spread
 from fastffn.train.trainer import StageTrainer
@@ -82,6 +83,15 @@ def test_what_has_been_measured_is_said_before_anything_is_trained(text_file, tm
     pretrain(tiny(text_file), tmp_path / "run")
     said = capsys.readouterr().out
     assert 0 < said.index("train dense: --ffn dense") < said.index("dense  step ")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "dense")
+    seen = 20 * 4 * 16 / sum(parameter.numel() for parameter in model.parameters())
+    assert f"sees {seen:.2g} tokens for each parameter" in said
+
+
+def test_the_advice_is_that_of_the_length_of_the_run() -> None:
+    assert "--ffn narrow" in advice(4.4) and "fits the budget" in advice(4.4)
+    assert "loss" in advice(17.0) and "--ffn narrow" not in advice(17.0)
+    assert all("--ffn dense" in advice(seen) for seen in (0.1, 8.9, 9.1, 100.0))
 
 
 def test_it_learns(finished) -> None:

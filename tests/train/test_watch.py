@@ -15,7 +15,15 @@ from fastffn.train.pretrain import pretrain
 from fastffn.train.watch import Forecast, Watch, in_words
 from tests.train.test_pretrain import tiny
 
-GAIN = Gain(dense_seconds=2.0, factorised_seconds=1.0, batch=1, bound=2.0, free_ffn_bound=3.0, saving=0.1)
+GAIN = Gain(
+    dense_seconds=2.0,
+    factorised_seconds=1.0,
+    batch=1,
+    bound=2.0,
+    free_ffn_bound=3.0,
+    saving=0.1,
+    tokens_per_parameter=1.0,
+)
 
 
 @pytest.mark.parametrize(

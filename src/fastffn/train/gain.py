@@ -11,6 +11,10 @@ from fastffn.convert.fresh import fresh_model, step_bound
 from fastffn.measure.step import compare_steps
 from fastffn.train.config import PretrainConfig
 
+# Tokens for each parameter of the dense model, docs/two-stage.md: in the longest runs in which a narrow first stage was
+# cheaper than tuned dense training, and in the next longer ones, in which it was not.
+SAVED, LOST = 9, 17
+
 
 @dataclass(frozen=True)
 class Gain:
@@ -21,6 +25,7 @@ class Gain:
         batch: sequences in the measured step; fewer than the run's where its own would take long.
         bound: the ratio that arithmetic allows; free_ffn_bound: that of FFNs that cost nothing.
         saving: part of the whole run's seconds that a factorised stage 1 saves at the measured ratio.
+        tokens_per_parameter: what the whole run sees, over the dense model's parameters.
     """
 
     dense_seconds: float
@@ -29,6 +34,7 @@ class Gain:
     bound: float
     free_ffn_bound: float
     saving: float
+    tokens_per_parameter: float
 
     @property
     def ratio(self) -> float:
@@ -52,6 +58,7 @@ def measure_gain(
     autocast: torch.dtype | None,
     share: float,
     batch: int,
+    tokens: int,
 ) -> Gain:
     """Times both kinds of step.
 
@@ -62,6 +69,7 @@ def measure_gain(
         autocast: dtype of its matrix products, None for float32.
         share: part of the run's steps that are factorised.
         batch: sequences that a device sees at once; fewer where a step would take long.
+        tokens: tokens of the whole run.
     """
     shape, ffn = config.shape(vocabulary), config.ffn_config()
     dense_layers = config.dense_layers or 0
@@ -85,7 +93,29 @@ def measure_gain(
     dense, factorised = timings["dense"].median, timings["factorised"].median
     bound = step_bound(shape, ffn, dense_layers)
     saving = max(0.0, share * (1 - factorised / dense))
-    return Gain(dense, factorised, used, bound.speedup, bound.speedup_of_free_ffn, saving)
+    seen = tokens / models["dense"].num_parameters()
+    return Gain(dense, factorised, used, bound.speedup, bound.speedup_of_free_ffn, saving, seen)
+
+
+def advice(tokens_per_parameter: float) -> str:
+    """What the measurements of docs/two-stage.md say of a run of that length."""
+    if tokens_per_parameter < SAVED:
+        measured = (
+            f"at fewer than {SAVED}, narrow FFNs at first (--ffn narrow) saved up to a tenth of the FLOPs of tuned "
+            "dense training, low rank with the first FFN dense a little more in the shortest runs, and a smaller dense "
+            "model (--d-hidden) as much. Without a reason of your own, train dense: --ffn dense, of a size that fits "
+            "the budget."
+        )
+    else:
+        measured = (
+            f"somewhere between {SAVED} and {LOST} first stages and smaller models turned from a small gain to a "
+            "loss. Without a reason of your own, train dense: --ffn dense."
+        )
+    return (
+        "Faster steps are not yet time saved. The run sees "
+        f"{tokens_per_parameter:.2g} tokens for each parameter; in GPTs of a million parameters, {measured} "
+        "More: docs/two-stage.md."
+    )
 
 
 def recompute(model: Any) -> None:

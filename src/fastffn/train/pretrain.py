@@ -19,7 +19,7 @@ from fastffn.train import checkpoints, processes, rundir
 from fastffn.train.arguments import split_batch, training_arguments
 from fastffn.train.config import PretrainConfig
 from fastffn.train.disk import full_disk_is_named
-from fastffn.train.gain import Gain, measure_gain
+from fastffn.train.gain import Gain, advice, measure_gain
 from fastffn.train.plan import Stage, plan_stages
 from fastffn.train.processes import is_main, on_main, say
 from fastffn.train.progress import where_it_stands
@@ -182,7 +182,9 @@ class _Run:
             return Gain.from_dict(read_json(kept))
         say("Timing a few training steps at this shape ...")
         micro, _ = split_batch(self.config, processes.count())
-        gain = measure_gain(self.config, len(self.text.tokenizer), self.device, self.autocast, share, micro)
+        steps = sum(stage.steps for name, stage in self.stages.items() if not name.startswith("dense"))
+        tokens = steps * self.config.batch * self.config.sequence
+        gain = measure_gain(self.config, len(self.text.tokenizer), self.device, self.autocast, share, micro, tokens)
         write_json(kept, gain.to_dict())
         say(
             f"A training step at this shape: dense {gain.dense_seconds:.3f} s, factorised "
@@ -194,12 +196,7 @@ class _Run:
             say("Factorised steps are slower here: train dense.")
         elif gain.ratio < 1.05:
             say("Too close to call: at this shape stage 1 gains nothing that could be told from noise.")
-        say(
-            "Faster steps are not yet time saved: against tuned dense training low rank with the first FFN dense pays "
-            "in very short runs; narrow FFNs at first (--ffn narrow) gained little in those of some million tokens, no "
-            "more than a smaller model did, and nothing measured so far gained in long ones (docs/two-stage.md). For "
-            "those, without a reason of your own, train dense: --ffn dense, of a size that fits the budget."
-        )
+        say(advice(gain.tokens_per_parameter))
         return gain
 
     def _trainer(
