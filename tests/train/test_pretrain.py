@@ -90,8 +90,8 @@ def test_what_has_been_measured_is_said_before_anything_is_trained(text_file, tm
 
 def test_the_advice_is_that_of_the_length_of_the_run() -> None:
     assert "--ffn narrow" in advice(4.4) and "fits the budget" in advice(4.4)
-    assert "loss" in advice(17.0) and "--ffn narrow" not in advice(17.0)
-    assert all("--ffn dense" in advice(seen) for seen in (0.1, 8.9, 9.1, 100.0))
+    assert "loss" in advice(23.0) and "--ffn narrow" not in advice(23.0)
+    assert all("--ffn dense" in advice(seen) for seen in (0.1, 10.9, 11.1, 100.0))
 
 
 def test_it_learns(finished) -> None:
