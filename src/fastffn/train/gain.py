@@ -11,8 +11,8 @@ from fastffn.convert.fresh import fresh_model, step_bound
 from fastffn.measure.step import compare_steps
 from fastffn.train.config import PretrainConfig
 
-# Tokens for each parameter of the dense model in two-stage runs of docs/two-stage.md: the longest that were cheaper than
-# tuned dense training, and the next longer ones, that were not.
+# Tokens for each parameter of the dense model, in the longest two-stage runs of docs/two-stage.md that were cheaper than
+# tuned dense training, and in the next longer ones, that were not.
 SAVED, LOST = 11, 23
 
 
@@ -111,9 +111,9 @@ def advice(tokens_per_parameter: float) -> str:
             f"somewhere between {SAVED} and {LOST} first stages and smaller models turned from a small gain to a "
             "loss. Without a reason of your own, train dense: --ffn dense."
         )
+    seen = f"{tokens_per_parameter:{'.2g' if tokens_per_parameter < 99 else ',.0f'}}"
     return (
-        "Faster steps are not yet time saved. The run sees "
-        f"{tokens_per_parameter:.2g} tokens for each parameter; in GPTs of a million parameters, {measured} "
+        f"Faster steps are not yet time saved. The run sees {seen} tokens for each parameter; in GPTs of a million parameters, {measured} "
         "More: docs/two-stage.md."
     )
 
