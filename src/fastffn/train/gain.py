@@ -11,7 +11,7 @@ from fastffn.convert.fresh import fresh_model, step_bound
 from fastffn.measure.step import compare_steps
 from fastffn.train.config import PretrainConfig
 
-# Tokens for each parameter of the dense model, in the longest two-stage runs of docs/two-stage.md that were cheaper than
+# Tokens for each parameter of the dense model, docs/two-stage.md: in the longest two-stage runs that were cheaper than
 # tuned dense training, and in the next longer ones, that were not.
 SAVED, LOST = 11, 23
 
@@ -113,8 +113,8 @@ def advice(tokens_per_parameter: float) -> str:
         )
     seen = f"{tokens_per_parameter:{'.2g' if tokens_per_parameter < 99 else ',.0f'}}"
     return (
-        f"Faster steps are not yet time saved. The run sees {seen} tokens for each parameter; in GPTs of a million parameters, {measured} "
-        "More: docs/two-stage.md."
+        f"Faster steps are not yet time saved. The run sees {seen} tokens for each parameter; in GPTs of a million "
+        f"parameters, {measured} More: docs/two-stage.md."
     )
 
 
