@@ -267,6 +267,7 @@ def test_within_a_budget(tmp_path, words, monkeypatch) -> None:
     ("options", "said"),
     [
         (["--max-loss-increase", "a bit"], ["--max-loss-increase is 'a bit'", "2% or 0.02"]),
+        (["--max-loss-increase", "2"], ["would be 200 %", "give 2% or 0.02"]),
         (["--max-loss-increase", "2%", "--min-similarity", "0.9"], ["give one of them"]),
         (["--max-loss-increase", "2%", "--rank", "3"], ["leave out --rank"]),
         (["--max-loss-increase", "2%", "--ffn", "low_rang"], ["Did you mean 'low_rank'?"]),

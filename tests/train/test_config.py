@@ -105,3 +105,9 @@ def test_bad_values(change, words) -> None:
 def test_unknown_preset() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'gpt2-small'"):
         get_preset("gpt2small")
+
+
+def test_a_slash_at_the_end_says_folder_and_is_the_same_run() -> None:
+    one, other = (PretrainConfig.from_flat(get_preset("demo") | {"data": data}) for data in ("texts", "texts/"))
+    assert other.data == "texts/"  # what is no folder here is not asked for elsewhere
+    assert one.to_flat() == other.to_flat()

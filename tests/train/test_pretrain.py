@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -237,7 +238,7 @@ def test_changed_text_is_noticed(text_file, tmp_path) -> None:
     pretrain(tiny(text, baseline=False), tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
     text.write_text("no machine forgets the long road.\n" * 2000)
-    with pytest.raises(OutputError, match="has changed since the run"):
+    with pytest.raises(OutputError, match=rf"The text \({re.escape(str(text))}\) has changed since the run"):
         pretrain(tiny(text, baseline=False), tmp_path / "run")
 
 

@@ -167,6 +167,10 @@ def _budget(max_loss_increase: str | None, min_similarity: float | None) -> Budg
             part = float(number) / (100 if number != max_loss_increase else 1)
         except ValueError:
             raise ConfigError(f"--max-loss-increase is '{max_loss_increase}'; give 2% or 0.02.") from None
+        if part >= 1 and number == max_loss_increase:
+            raise ConfigError(
+                f"--max-loss-increase is {number}, which would be {100 * part:.4g} %; give {number}% or {part / 100:g}."
+            )
     return Budget(max_loss_increase=part, min_similarity=min_similarity)
 
 

@@ -73,8 +73,8 @@ def load_tokenizer(spec: str, *, end_of_text: bool = True) -> PreTrainedTokenize
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(
-            f"No tokenizer could be loaded from '{spec}' ({type(error).__name__}: {reason}). Name a directory, a hub "
-            "name, or train:N."
+            f"No tokenizer could be loaded from '{spec}' ({type(error).__name__}: {reason}). Name a directory"
+            f"{'' if path.is_dir() else ' (there is none of that name)'}, a hub name, or train:N."
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(f"The tokenizer '{spec}' has no fast version (tokenizer.json); FastFFN needs one.")

@@ -257,8 +257,14 @@ class PretrainConfig:
         return config
 
     def to_flat(self) -> dict[str, Any]:
-        """All fields on one level, the FFN kind's options among them, as YAML files and flags give them."""
+        """All fields on one level, the FFN kind's options among them, as YAML files and flags give them.
+
+        A path with a slash at its end is the same path, and the same run.
+        """
         values = dataclasses.asdict(self)
+        for name in _PATHS:
+            if values[name] and len(values[name]) > 1:
+                values[name] = values[name].rstrip("/")
         options = values.pop("ffn_options")
         return values | {name: options.get(name) for name in ffn_option_types()}
 
@@ -274,10 +280,6 @@ class PretrainConfig:
         for name in values:
             if name not in own and name not in options:
                 raise ConfigError(f"Unknown field '{name}'.{did_you_mean(name, own | set(options))}")
-        # With and without a slash at the end it is the same folder, and the same run.
-        values = {
-            n: v.rstrip("/") if n in _PATHS and isinstance(v, str) and len(v) > 1 else v for n, v in values.items()
-        }
         chosen = {name: value for name, value in values.items() if name in options and value is not None}
         return cls(**{name: value for name, value in values.items() if name in own}, ffn_options=chosen)
 

@@ -61,7 +61,7 @@ def pretrain(config: PretrainConfig, output: Path, *, overwrite: bool = False) -
         done = on_main(lambda: read_json(output / "results.json") if _complete(output) and resumed else None)
         if done is not None:
             if is_main():
-                print(f"{output} holds this run already, complete.")
+                print(f"{output} holds this run already, complete; no text was read.")
                 print_report(done, output)
             return done
         if resumed:
@@ -71,9 +71,10 @@ def pretrain(config: PretrainConfig, output: Path, *, overwrite: bool = False) -
         if resumed and not on_main(lambda: rundir.same_text(output, run.text.identity)):
             if not overwrite:
                 raise OutputError(
-                    f"The text, or the checkpoint to start from, has changed since the run in "
-                    f"{output} was begun; its stages would not be comparable. Restore it, name another directory, or "
-                    "pass --overwrite to start anew."
+                    f"The text ({' or '.join(filter(None, (config.data, config.validation)))})"
+                    f"{f', or the checkpoint {config.init_from},' if config.init_from else ''} has changed since the "
+                    f"run in {output} was begun; its stages would not be comparable. Restore it, name another "
+                    "directory, or pass --overwrite to start anew."
                 )
             resumed = False
             run = _Run(config, output, resumed=False)

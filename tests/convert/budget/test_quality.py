@@ -100,6 +100,27 @@ def test_models_and_texts_that_cannot_be_measured() -> None:
         Budget(max_loss_increase=0.1).meter(make("gpt2"), [])
 
 
+def test_without_padding_token_numbers_are_enough() -> None:
+    numbers = batches()[1]["input_ids"]
+    model = make("qwen2").eval()
+    mask = torch.ones_like(numbers)
+    forms = (numbers, {"input_ids": numbers}, {"input_ids": numbers, "attention_mask": mask})
+    assert len({Budget(max_loss_increase=0.1).meter(model, [form]).dense for form in forms}) == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "named"),
+    [
+        ([1, 2, 3], "is list"),
+        (torch.ones(3, dtype=torch.long), r"shape \[3\]"),
+        ({"inputs_embeds": torch.ones(1, 2, 3)}, "mapping of inputs_embeds"),
+    ],
+)
+def test_held_out_batches_of_other_forms(batch, named) -> None:
+    with pytest.raises(ConversionError, match=rf"held-out batch .*{named}.*token numbers \[B, T\]"):
+        Budget(max_loss_increase=0.1).meter(make("qwen2"), [batch])
+
+
 def test_a_subclass_of_a_language_model_is_one() -> None:
     model = make("qwen2")
     model.__class__ = type("MyModel", (type(model),), {})

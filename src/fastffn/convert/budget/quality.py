@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from fastffn.convert.calibration import evaluating
+from fastffn.convert.calibration import Batch, evaluating
 from fastffn.convert.loading import is_causal
 from fastffn.errors import ConfigError, ConversionError
 
@@ -65,7 +65,7 @@ class Budget:
         assert self.min_similarity is not None
         return now.value >= self.min_similarity
 
-    def meter(self, model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> Meter:
+    def meter(self, model: Any, batches: Iterable[Batch]) -> Meter:
         """What measures it on a model, which is still dense.
 
         Raises:
@@ -85,12 +85,27 @@ class Budget:
         return f"a similarity of at least {self.min_similarity}"
 
 
+def _masked(batch: Batch) -> dict[str, torch.Tensor]:
+    inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+        given = f"a mapping of {', '.join(map(str, inputs)) or 'nothing'}"
+        if ids is not None:
+            given = f"numbers of shape {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise ConversionError(
+            f"A held-out batch is {given}; give token numbers [B, T], or a mapping with input_ids [B, T] and, where "
+            "there is padding, attention_mask."
+        )
+    return {"attention_mask": torch.ones_like(ids)} | inputs
+
+
 class Meter(ABC):
     """Measures a model against what it is now, on batches that are kept.
 
     Args:
         model: still dense; measured again as often as asked, whatever has become of it.
-        batches: `input_ids` and `attention_mask`, `[B, T]`.
+        batches: token numbers `[B, T]`, or mappings of them (`input_ids`) and, where there is padding,
+            `attention_mask`.
 
     Attributes:
         dense: the model's quality at the start.
@@ -99,9 +114,9 @@ class Meter(ABC):
 
     dense: Quality
 
-    def __init__(self, model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+    def __init__(self, model: Any, batches: Iterable[Batch]) -> None:
         self.model = model
-        self.batches = [dict(batch) for batch in batches]
+        self.batches = [_masked(batch) for batch in batches]
         self.tokens = sum(int(batch["attention_mask"].sum()) for batch in self.batches)
         if self.tokens < 2:
             raise ConversionError(f"The held-out text has {self.tokens} tokens; quality is measured on some thousands.")
@@ -126,7 +141,7 @@ class Meter(ABC):
 class LossMeter(Meter):
     """The loss of a causal language model, and how far its predictions are from the dense model's."""
 
-    def __init__(self, model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+    def __init__(self, model: Any, batches: Iterable[Batch]) -> None:
         super().__init__(model, batches)
         positions = max(1, KEPT // model.config.vocab_size)
         self._every = -(-self.tokens // positions)
@@ -159,7 +174,7 @@ class LossMeter(Meter):
 class SimilarityMeter(Meter):
     """The cosine of embeddings and the dense model's: the mean of the last hidden states over a sequence's tokens."""
 
-    def __init__(self, model: Any, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+    def __init__(self, model: Any, batches: Iterable[Batch]) -> None:
         super().__init__(model, batches)
         self._kept = self._run(None)
         self.dense = Quality(1.0, 0.0)

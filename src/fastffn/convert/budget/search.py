@@ -44,7 +44,7 @@ def convert_within(
     budget: Budget,
     *,
     calibration: Iterable[Batch],
-    held_out: Iterable[Mapping[str, torch.Tensor]],
+    held_out: Iterable[Batch],
     kinds_to_try: Sequence[str] | None = None,
     tokens: int = 1,
     filter: Filter | None = None,
@@ -56,7 +56,8 @@ def convert_within(
         model: as for `fastffn.convert`.
         budget: what may be lost.
         calibration: batches from which the FFNs are made; see `fastffn.convert`.
-        held_out: other batches, on which the model is measured: `input_ids` and `attention_mask`, `[B, T]`.
+        held_out: other batches, on which the model is measured: token numbers `[B, T]`, or mappings of `input_ids`
+            and, where there is padding, `attention_mask`.
         kinds_to_try: names of kinds; None for all that have sizes to try (`FFNConfig.sizes_for`).
         tokens: in a call, for which the FFNs are to be fast: 1 for decoding one sequence.
         filter: FFNs that may change; see `fastffn.convert`.

@@ -73,7 +73,7 @@ def distill(
         resumed = rundir.check_run(output, config, overwrite=overwrite)
         if resumed and (output / "results.json").is_file():
             done = read_json(output / "results.json")
-            print(f"{output} holds this run already, complete.")
+            print(f"{output} holds this run already, complete; no text was read.")
             report.print_report(done, output)
             return done
         if resumed:

@@ -59,7 +59,9 @@ def read_distill_text(config: DistillConfig, pair: Pair) -> DistillText:
     """
     limit = longest_sequence(pair.config)
     if limit is not None and config.sequence > limit:
-        raise ConfigError(f"sequence is {config.sequence}; the model takes {limit} tokens at most.")
+        raise ConfigError(
+            f"sequence is {config.sequence}; the model takes {limit} tokens at most. Give --sequence {limit}."
+        )
     tokenizer = _tokenizer(pair)
     options: dict[str, Any] = {
         "validation": config.validation,
