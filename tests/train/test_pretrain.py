@@ -91,7 +91,7 @@ def test_what_has_been_measured_is_said_before_anything_is_trained(text_file, tm
 
 def test_the_advice_is_that_of_the_length_of_the_run() -> None:
     assert "--ffn narrow" in advice(4.4) and "fits the budget" in advice(4.4)
-    assert "loss" in advice(23.0) and "--ffn narrow" not in advice(23.0)
+    assert "was gone" in advice(23.0) and "--ffn narrow" not in advice(23.0)
     assert "sees 0.34 tokens" in advice(0.337) and "sees 1,234 tokens" in advice(1234.2)
     assert all("--ffn dense" in advice(seen) for seen in (0.1, 10.9, 11.1, 100.0))
 

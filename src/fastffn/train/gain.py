@@ -108,8 +108,8 @@ def advice(tokens_per_parameter: float) -> str:
         )
     else:
         measured = (
-            f"somewhere between {SAVED} and {LOST} first stages and smaller models turned from a small gain to a "
-            "loss. Without a reason of your own, train dense: --ffn dense."
+            f"somewhere between {SAVED} and {LOST} the small gain of first stages and of smaller models was gone. "
+            "Without a reason of your own, train dense: --ffn dense."
         )
     seen = f"{tokens_per_parameter:{'.2g' if tokens_per_parameter < 99 else ',.0f'}}"
     return (
